@@ -1,0 +1,31 @@
+# The commands of this project. `make bench` and `make test` set up what they need.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+RUN    ?= runs/bench
+
+.PHONY: install test check bench clean
+install: $(STAMP)
+$(STAMP): pyproject.toml requirements.txt constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -r requirements.txt
+	touch $@
+
+test: $(STAMP)            ## the whole test suite (no GPU needed)
+	$(BIN)/pytest -n 2 -q $(ARGS)
+
+check: $(STAMP)           ## style, types and the direction of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+bench: $(STAMP)           ## measure everything on this machine, print the report, build the page
+	$(BIN)/attnbench run --impl all --gpu auto --preset tiny --out $(RUN) --resume-if-exists
+	$(BIN)/attnbench report $(RUN)
+	$(BIN)/attnbench site build $(RUN) --out _site
+	@echo "The page: $(CURDIR)/_site/index.html"
+
+clean:
+	rm -rf build dist _site runs .mypy_cache .ruff_cache

@@ -1,0 +1,1 @@
+"""From a plan to measured rows: plan, worker processes, measurement, journal."""

@@ -1,0 +1,1 @@
+"""Attention mechanisms, one file each, on the operations of ``attnbench.kernels``."""

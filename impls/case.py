@@ -1,0 +1,80 @@
+"""One cell of a sweep. The only place where the key of a measurement is defined."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+Scope = Literal["op", "layer"]
+Direction = Literal["fwd", "fwd_bwd"]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is attended over, without a length: the shape of one attention layer of a real model.
+
+    ``kv_heads`` is H for multi-head attention and less for grouped or multi-query attention. ``m_per_n`` and
+    ``m_fixed`` say how long the keys are in a cross pattern: a fixed number, or a ratio of the queries.
+    ``grid_rank`` > 1 means that the tokens lie on a grid, which a length is folded into.
+    """
+
+    name: str
+    batch: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    model: str = ""
+    source: str = ""
+    grid_rank: int = 1
+    m_per_n: float = 1.0
+    m_fixed: int | None = None
+    n_fixed: int | None = None
+    input_dist: str = "gaussian"
+
+    @property
+    def width(self) -> int:
+        """Model width C = heads × head_dim."""
+        return self.heads * self.head_dim
+
+    def keys(self, n: int, pattern: str) -> int:
+        """Number of keys M for ``n`` queries: N in self patterns, the workload's own rule in cross ones."""
+        if pattern in ("NS", "CS"):
+            return n
+        return self.m_fixed if self.m_fixed is not None else max(1, round(n * self.m_per_n))
+
+
+@dataclass(frozen=True)
+class Case:
+    """impl × pattern × workload × length × dtype × direction × device, as plain values."""
+
+    mechanism: str
+    backend: str
+    pattern: str
+    workload: Workload
+    n: int
+    m: int
+    dtype: str
+    direction: Direction
+    device: str
+    scope: Scope = "op"
+    grid: tuple[int, ...] = ()
+    hyper: tuple[tuple[str, Any], ...] = field(default=())
+
+    @property
+    def impl(self) -> str:
+        """The impl as users spell it: ``mechanism/backend``."""
+        return f"{self.mechanism}/{self.backend}"
+
+    def key(self) -> str:
+        """A stable 16-digit hexadecimal key: equal for equal cases in any process and version of Python."""
+        values = asdict(self)
+        for descriptive in ("model", "source"):
+            values["workload"].pop(descriptive)
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def label(self) -> str:
+        """One line for progress bars and messages."""
+        return f"{self.impl} {self.pattern} {self.workload.name} N={self.n} {self.dtype} {self.direction}"

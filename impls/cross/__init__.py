@@ -1,0 +1,1 @@
+"""Cross-attention, latent, slot and pooling mechanisms."""

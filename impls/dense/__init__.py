@@ -1,0 +1,1 @@
+"""Softmax attention and its score, mask and head variants."""

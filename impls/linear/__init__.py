@@ -1,0 +1,1 @@
+"""Linear, low-rank, recurrent and spectral mechanisms."""

@@ -1,0 +1,1 @@
+"""Mechanisms that attend to a static or selected subset of the keys."""

@@ -1,0 +1,1 @@
+"""Windows, neighbourhoods and other mechanisms on grids."""

@@ -1,0 +1,1 @@
+"""Training-and-evaluation problems with a metric, and the shapes of real models."""

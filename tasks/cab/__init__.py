@@ -1,0 +1,1 @@
+"""The tasks of CAB (arXiv 2210.07661)."""
