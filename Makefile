@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-RUN    ?= runs/bench
+RUN    := runs/$(shell date -u +%Y%m%d-%H%M%S)
 
 .PHONY: install test check bench clean
 install: $(STAMP)
@@ -13,7 +13,7 @@ $(STAMP): pyproject.toml requirements.txt constraints.txt
 	touch $@
 
 test: $(STAMP)            ## the whole test suite (no GPU needed)
-	$(BIN)/pytest -n 2 -q $(ARGS)
+	$(BIN)/pytest -n 2 --dist loadgroup -q $(ARGS)
 
 check: $(STAMP)           ## style, types and the direction of imports
 	$(BIN)/ruff check .
@@ -22,7 +22,7 @@ check: $(STAMP)           ## style, types and the direction of imports
 	$(BIN)/lint-imports --no-cache
 
 bench: $(STAMP)           ## measure everything on this machine, print the report, build the page
-	$(BIN)/attnbench run --impl all --gpu auto --preset tiny --out $(RUN) --resume-if-exists
+	$(BIN)/attnbench run --impl all --gpu auto --preset tiny --out $(RUN)
 	$(BIN)/attnbench report $(RUN)
 	$(BIN)/attnbench site build $(RUN) --out _site
 	@echo "The page: $(CURDIR)/_site/index.html"

@@ -196,6 +196,14 @@ class Attention(nn.Module):
         """Forward FLOPs of ``attend`` (mixers: of ``forward``) for one batch element, a multiply-add as 2."""
         raise UsageError(f"{self.spec.id} does not state its FLOPs: override flops(n, m)")
 
+    def counted_flops(self, n: int, m: int) -> int:
+        """FLOPs that ``spec.flops_backend`` executes: :meth:`flops`, unless it computes hidden pairs too.
+
+        What torch's counter is compared with, so that the formula is checked even where a backend masks
+        pairs that the mechanism does not need.
+        """
+        return self.flops(n, m)
+
     def layer_flops(self, n: int, m: int) -> int:
         """Forward FLOPs of ``forward`` for one batch element: :meth:`flops` and the projections."""
         if self.spec.kind not in ("core", "mask"):
@@ -268,6 +276,7 @@ class MaskAttention(Attention):
             v,
             scale=self.scale,
             key_bias=padding_bias(key_padding_mask),
+            need_lse=False,
             backend=self.backend,
             **options,
         )
@@ -285,6 +294,10 @@ class MaskAttention(Attention):
     def flops(self, n: int, m: int) -> int:
         """2·D for the score and 2·D for the value of every visible pair of every head."""
         return 4 * self.num_heads * self.pairs(n, m) * self.head_dim
+
+    def counted_flops(self, n: int, m: int) -> int:
+        """The reference computes every pair and masks."""
+        return 4 * self.num_heads * n * m * self.head_dim
 
 
 __all__ = [

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-Scope = Literal["op", "layer"]
-Direction = Literal["fwd", "fwd_bwd"]
+Scope = Literal["op", "layer", "task"]
+Direction = Literal["fwd", "fwd_bwd", "train"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ class Case:
     device: str
     scope: Scope = "op"
     grid: tuple[int, ...] = ()
-    hyper: tuple[tuple[str, Any], ...] = field(default=())
+    hyper: tuple[tuple[str, Any], ...] = ()
+    task: str = ""
+    seed: int = 0
 
     @property
     def impl(self) -> str:
@@ -75,6 +77,48 @@ class Case:
         text = json.dumps(values, sort_keys=True, separators=(",", ":"), default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def series(self) -> tuple[object, ...]:
+        """What the lengths of one scaling curve share: everything but n, m and the grid."""
+        return (
+            *(self.mechanism, self.backend, self.pattern, self.workload, self.dtype, self.direction),
+            *(self.device, self.scope, self.hyper, self.task, self.seed),
+        )
+
     def label(self) -> str:
         """One line for progress bars and messages."""
+        if self.task:
+            return f"{self.impl} {self.pattern} task {self.task} seed {self.seed}"
         return f"{self.impl} {self.pattern} {self.workload.name} N={self.n} {self.dtype} {self.direction}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values for a worker process; :meth:`from_json` is the inverse."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Case:
+        """Rebuild a case from :meth:`to_json`'s values after a trip through JSON."""
+        return cls(
+            **{
+                **values,
+                "workload": Workload(**values["workload"]),
+                "grid": tuple(values["grid"]),
+                "hyper": tuple((name, value) for name, value in values["hyper"]),
+            }
+        )
+
+
+def fold(n: int, rank: int, ranks: tuple[int, ...]) -> tuple[int, ...]:
+    """The grid that ``n`` tokens are folded into for a mechanism that needs one; () for a 1-D mechanism.
+
+    The most even factorisation: for rank 2 and 3 the sides are as near to each other as divisors allow.
+    """
+    if 1 in ranks:
+        return ()
+    wanted = rank if rank in ranks else min(ranks)
+    sides: list[int] = []
+    for left in range(wanted, 1, -1):
+        target = round(n ** (1 / left))
+        side = next(d for d in range(max(target, 1), 0, -1) if n % d == 0)
+        sides.append(side)
+        n //= side
+    return (*sides, n)

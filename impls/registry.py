@@ -133,6 +133,7 @@ def attention(
     return module.attend(q, *module.grouped(k, v), grid=grid)
 
 
+@cache
 def _from_file(target: str) -> type[Attention]:
     path_text, _, class_name = target.rpartition(":")
     path = Path(path_text)

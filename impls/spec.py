@@ -71,7 +71,7 @@ class Input:
     synthetic: str
 
 
-Family = Literal["dense", "linear", "sparse", "vision", "cross", "user"]
+Family = Literal["dense", "linear", "sparse", "vision", "cross", "user", "control"]
 Kind = Literal["core", "mask", "mixer", "map"]
 RowSum = Literal["one", "at_most_one", "free"]
 Causality = Literal["strict", "selection_leaky"]
@@ -89,6 +89,8 @@ class Spec:
     ``ops`` — operations of ``kernels`` on the hot path, per pattern or for all; when empty, ``hot_loop``
     says what is there instead (a GEMM, an FFT, a convolution).
     ``linear_in_v`` — the output is linear in v for fixed q and k.
+    ``square_heads`` — why Dv must equal D; empty where it need not, which is tested.
+    ``padding`` — why a padded key is not as one that is not there; empty where it is, which is tested.
     ``flops_backend`` — the backend whose counted FLOPs equal ``flops()``; when empty, ``flops_note`` says why
     no backend counts what the formula does.
     """
@@ -110,6 +112,8 @@ class Spec:
     query_separable: bool = True
     permutation_invariant: bool = True
     linear_in_v: bool = True
+    padding: str = ""
+    square_heads: str = ""
     grid_ranks: tuple[int, ...] = (1,)
     grouped_kv: bool = False
     ops: tuple[str, ...] | Mapping[Pattern, tuple[str, ...]] = ()

@@ -84,7 +84,7 @@ def _columns() -> tuple[Column, ...]:
             "family",
             _STR,
             "case",
-            "Family of the mechanism: dense, linear, sparse, vision, cross, user.",
+            "Family: dense, linear, sparse, vision, cross, user; control for a control of a task.",
             required=True,
         ),
         c("exact", _BOOL, "case", "Whether the mechanism computes softmax attention exactly."),

@@ -11,7 +11,9 @@ import pytest
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     import torch
+    from torch.utils._device import _device_constructors
 
+    _device_constructors()  # cached at its first call, which must not be while a test patches torch.empty
     torch.set_num_threads(1)
     torch.manual_seed(0)
 

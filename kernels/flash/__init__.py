@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-import torch
-from torch import Tensor
+# by name: importing the backend module flash.torch rebinds the name `torch` in this package
+from torch import Tensor, exp, isneginf, logaddexp, zeros
 
 from attnbench.kernels.backends import Op
 
@@ -90,17 +90,16 @@ def flash(
     )
 
 
-
 def merge(o1: Tensor, lse1: Tensor, o2: Tensor, lse2: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two disjoint key sets from the attention over each.
 
     o1, o2 (B, H, N, Dv) and lse1, lse2 (B, H, N) as :func:`flash` returns them; exact, differentiable, and
     0 with lse −inf on a row that sees no key of either set.
     """
-    lse = torch.logaddexp(lse1, lse2)
-    safe = lse.masked_fill(torch.isneginf(lse), 0.0)
-    w1 = torch.exp(lse1 - safe).unsqueeze(-1)
-    w2 = torch.exp(lse2 - safe).unsqueeze(-1)
+    lse = logaddexp(lse1, lse2)
+    safe = lse.masked_fill(isneginf(lse), 0.0)
+    w1 = exp(lse1 - safe).unsqueeze(-1)
+    w2 = exp(lse2 - safe).unsqueeze(-1)
     return (w1 * o1 + w2 * o2).to(o1.dtype), lse
 
 
@@ -108,5 +107,5 @@ def padding_bias(key_padding_mask: Tensor | None) -> Tensor | None:
     """The key_bias (B, 1, M), fp32, that removes the keys where ``key_padding_mask`` (B, M) is True."""
     if key_padding_mask is None:
         return None
-    bias = torch.zeros(key_padding_mask.shape, device=key_padding_mask.device)
+    bias = zeros(key_padding_mask.shape, device=key_padding_mask.device)
     return bias.masked_fill(key_padding_mask, -math.inf).unsqueeze(1)

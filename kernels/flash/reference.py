@@ -48,7 +48,7 @@ def flash(
     bias: Tensor | None,
     sink: Tensor | None,
     need_lse: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Compute o and lse from the N×M score matrix; every gradient is autograd's."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
@@ -70,4 +70,4 @@ def flash(
     total = lse if sink is None else torch.logaddexp(lse, sink.to(lse.dtype).expand_as(lse))
     weights = torch.exp(statistics - total.unsqueeze(-1)).masked_fill(empty.unsqueeze(-1), 0.0)
     o = weights.to(v.dtype) @ v
-    return o, lse.masked_fill(empty, -math.inf)
+    return o, lse.masked_fill(empty, -math.inf) if need_lse else None

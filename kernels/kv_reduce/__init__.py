@@ -70,4 +70,3 @@ def kv_reduce(
         eps_mode=eps_mode,
         key_mask=key_mask,
     )
-

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from attnbench.kernels.features import feature, guarded
@@ -19,12 +20,15 @@ def kv_reduce(
     eps_mode: str,
     key_mask: Tensor | None,
 ) -> Tensor:
-    """Compute from materialised features; every gradient is autograd's."""
-    fq, fk = feature(q, feature_map), feature(k, feature_map)
+    """Compute in fp32 (fp64 for fp64 inputs) from materialised features; every gradient is autograd's."""
+    dtype = torch.float64 if q.dtype is torch.float64 else torch.float32
+    fq, fk = feature(q.to(dtype), feature_map), feature(k.to(dtype), feature_map)
     if key_mask is not None:
         fk = fk.masked_fill(key_mask[:, None, :, None], 0.0)
-    o = fq @ (fk.transpose(-1, -2) @ v)
-    if not normalize:
-        return scale * o
-    den = (fq * fk.sum(-2, keepdim=True)).sum(-1, keepdim=True)
-    return o / guarded(den, eps, eps_mode)
+    o = fq @ (fk.transpose(-1, -2) @ v.to(dtype))
+    if normalize:
+        den = (fq * fk.sum(-2, keepdim=True)).sum(-1, keepdim=True)
+        o = o / guarded(den, eps, eps_mode)
+    else:
+        o = scale * o
+    return o.to(q.dtype)

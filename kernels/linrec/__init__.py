@@ -6,7 +6,7 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from attnbench.kernels.backends import Op
+from attnbench.kernels.backends import Op, Unsupported
 from attnbench.kernels.kv_reduce import FeatureMap
 
 OP = Op(
@@ -69,11 +69,13 @@ def linrec(
         o (B, H, N, Dv) in the dtype of v and the final :class:`State` in fp32 (fp64 for fp64 inputs).
 
     Raises:
-        Unsupported: the backend cannot serve a gate, a shape or a dtype.
+        Unsupported: the backend cannot serve a gate, a shape or a dtype; ``normalize`` with ``gv``.
 
     Cost: per token and head 2L(Dk + Dv) + 4·Dk·Dv FLOPs forward; B·H·⌈N/L⌉·Dk·Dv·4 bytes of chunk states.
     Source: Katharopoulos et al. (arXiv 2006.16236); Yang et al., GLA (arXiv 2312.06635), chunked form.
     """
+    if normalize and gv is not None:
+        raise Unsupported("linrec with normalize", "gv given", "gv None: z has no value dimension to decay")
     return OP.run(
         backend,
         q,
@@ -92,4 +94,3 @@ def linrec(
         reverse=reverse,
         chunk=chunk,
     )
-

@@ -1,0 +1,103 @@
+"""Runs the checks on a target and turns whatever happens into outcomes: no check can stop the others."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from attnbench.errors import unknown_name
+from attnbench.harness.contract import (
+    algebra,
+    causality,
+    cross,
+    declared,
+    flops,
+    gradients,
+    padding,
+    shapes,
+    state,
+)
+from attnbench.harness.contract.outcome import CheckFailed, NotApplicable, Outcome, Status
+from attnbench.harness.contract.probe import Probe, Target
+from attnbench.kernels.backends import Unsupported, available
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check: its name, what it demands in a sentence, and the function that demands it.
+
+    ``computes`` is False for a check that reads declarations only.
+    """
+
+    name: str
+    sentence: str
+    function: Callable[[Probe], NotApplicable | None]
+    computes: bool = True
+
+
+_COMPUTING = (shapes, causality, cross, algebra, padding, gradients, flops, state)
+
+
+def checks() -> list[Check]:
+    """Every check, in the order in which they run: declarations, then shapes, then what needs them right."""
+    return [
+        *(_check(function, computes=False) for function in declared.CHECKS),
+        *(_check(function, computes=True) for module in _COMPUTING for function in module.CHECKS),
+    ]
+
+
+def run_kit(target: Target, only: Collection[str] | None = None) -> list[Outcome]:
+    """Outcomes of all checks, or of those named in ``only``, on one target.
+
+    A backend that cannot run here at all gives the single outcome ``available``, not applicable, with the
+    reason. The global random state is as before afterwards. Raises UsageError for an unknown name in
+    ``only``.
+    """
+    known = checks()
+    for name in only or ():
+        if name not in [check.name for check in known]:
+            raise unknown_name("check", name, [check.name for check in known])
+    support = available(target.backend, target.device)
+    if not support:
+        return [Outcome("available", "not applicable", support.reason)]
+    devices = [torch.cuda.current_device()] if target.device == "cuda" else []
+    with torch.random.fork_rng(devices):
+        return [_run(check, target) for check in known if only is None or check.name in only]
+
+
+def _check(function: Callable[[Probe], NotApplicable | None], *, computes: bool) -> Check:
+    sentence = (function.__doc__ or "").strip().partition("\n")[0]
+    return Check(function.__name__, sentence, function, computes)
+
+
+def _run(check: Check, target: Target) -> Outcome:
+    def outcome(status: Status, detail: str) -> Outcome:
+        return Outcome(check.name, status, detail, check.computes)
+
+    if check.computes and target.mechanism.spec.inputs:
+        names = ", ".join(x.name for x in target.mechanism.spec.inputs)
+        return outcome("not applicable", f"Spec.inputs: the kit cannot make {names}")
+    probe = Probe(target)
+    try:
+        exempt = check.function(probe)
+    except CheckFailed as failure:
+        return outcome("failed", str(failure))
+    except Unsupported as why:
+        # the reference is the definition: nothing may be beyond it
+        return outcome("failed" if target.backend == "reference" else "not applicable", str(why))
+    except Exception as error:  # what a mechanism raises is its failure, and the next check must still run
+        return outcome("failed", _described(error))
+    if exempt is not None:
+        return outcome("not applicable", exempt.reason)
+    return outcome("passed", "; ".join(probe.notes))
+
+
+def _described(error: Exception) -> str:
+    """Type, message and innermost place of an exception, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"

@@ -1,0 +1,241 @@
+"""Measures one case inside a worker: correctness first, then work, memory and time, as columns of a row.
+
+The order matters: a wrong result is found before anything is timed, and what is known is sent to the driver
+before the long part starts, so that a time limit does not lose it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from attnbench.harness import accuracy, devices, memory, timing
+from attnbench.harness.flags import Flag
+from attnbench.harness.subject import Subject, as_reference, build
+from attnbench.impls import registry
+from attnbench.impls.case import Case
+from attnbench.impls.spec import Pattern
+from attnbench.kernels import flash, recording
+from attnbench.results.schema import Status
+
+Send = Callable[[dict[str, Any]], None]
+DISTRIBUTIONS = ("gaussian", "structured", "recorded")
+FIDELITY_MAX_N = 2048
+"""Exact attention in fp64 holds the whole score matrix: beyond this length fidelity is measured at it."""
+
+
+class Measurer:
+    """Measures cases in this process, one device for all of them."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._timing = timing.PRESETS[settings["timing"]]
+        self._gate_max_n: int = settings["gate_max_n"]
+        self._preset: str = settings["preset"]
+        torch.set_num_threads(settings["threads"])
+        self._device = timing.open_device(settings["device"])
+
+    def poisoned(self) -> bool:
+        """Whether the device context is dead, so that nothing after this can be trusted."""
+        return not self._device.healthy()
+
+    def measure(self, case: Case, send: Send) -> dict[str, Any]:
+        """All columns that the worker knows of ``case``, its status and its flags included."""
+        if case.scope == "task":
+            return self._train(case, send)
+        subject = build(case)
+        first_s = timing.time_once(subject.step, self._device)
+        columns, wrong, flags = self._checks(case)
+        columns |= self._work(subject)
+        send({"kind": "partial", "columns": columns})
+        audit = timing.audit(subject.step, self._device)
+        columns |= audit.columns()
+        if wrong:
+            return {**columns, "status": Status.INCORRECT, "reason": wrong, "flags": _texts(flags)}
+        before = [x.detach().clone() for x in subject.inputs]
+        held = (*subject.module.parameters(), *subject.module.buffers())
+        used = memory.measure(
+            subject.step, subject.forward, subject.inputs, case.direction, self._device, held
+        )
+        timed = timing.measure(subject.step, self._device, self._timing, first_s)
+        wrong = self._after(subject, before)
+        if wrong:
+            return {**columns, "status": Status.INCORRECT, "reason": wrong, "flags": _texts(flags)}
+        columns |= used.columns() | timed.columns()
+        columns |= self._rates(columns, case)
+        columns["flags"] = _texts([*flags, *audit.flags, *used.flags, *timed.flags, *self._physics(columns)])
+        return {**columns, "status": Status.OK}
+
+    # ---- correctness -----------------------------------------------------------------------------------
+
+    def _checks(self, case: Case) -> tuple[dict[str, Any], str, list[Flag]]:
+        columns, wrong = self._gate(case)
+        flags: list[Flag] = []
+        spec = registry.spec(case.mechanism)
+        if not wrong and case.direction == "fwd" and case.scope == "op" and not spec.exact:
+            for dist in DISTRIBUTIONS:
+                values, flag = self._fidelity(case, dist)
+                columns |= values
+                flags += flag
+        return columns, wrong, flags
+
+    def _gate(self, case: Case) -> tuple[dict[str, Any], str]:
+        """Correctness on this shape, or on the longest that the fp64 reference is run at."""
+        short = replace(case, n=min(case.n, self._gate_max_n), m=min(case.m, self._gate_max_n), grid=())
+        if case.grid:
+            short = case
+        subject = build(short)
+        before = [x.detach().clone() for x in subject.inputs]
+        with accuracy.poisoned_allocations(), recording() as used:
+            got = subject.step()
+        again = subject.step()
+        columns = {"gate_n": short.n, "ops_used": sorted({f"{op}/{backend}" for op, backend in used})}
+        changed = self._changed(subject, before)
+        if changed:  # nothing that follows would be computed on the same inputs
+            return columns, changed
+        truth = as_reference(subject, torch.float64).step()
+        yard = as_reference(subject, subject.inputs[0].dtype).step()
+        verdict = accuracy.gate(got, again, truth, yard, subject.like())
+        return {**verdict.columns, **columns}, verdict.wrong
+
+    def _fidelity(self, case: Case, dist: str) -> tuple[dict[str, Any], list[Flag]]:
+        short = replace(case, n=min(case.n, FIDELITY_MAX_N), m=min(case.m, FIDELITY_MAX_N))
+        subject = build(short if not case.grid else case, dist)
+        got = subject.step()[0]
+        q, k, v = (x.double() for x in subject.inputs)
+        causal = Pattern(case.pattern) is Pattern.CS
+        exact, _ = flash(q, k, v, causal=causal, need_lse=False, backend="torch")
+        try:
+            error, cosine = accuracy.fidelity(got, exact)
+        except FloatingPointError as why:
+            return {}, [Flag(f"not_finite_{dist}", str(why), "finite output")]
+        return {f"approx_err_{dist}": error, f"approx_cosine_{dist}": cosine}, []
+
+    def _after(self, subject: Subject, before: Sequence[Tensor]) -> str:
+        """What is wrong after timing: an input that changed, an output that is no longer finite."""
+        finite = subject.step()[0].isfinite().all()
+        return self._changed(subject, before) or (
+            "" if finite else "the output of a later call is not finite"
+        )
+
+    @staticmethod
+    def _changed(subject: Subject, before: Sequence[Tensor]) -> str:
+        """Which input differs from its copy of before; empty when none does."""
+        for index, (now, then) in enumerate(zip(subject.inputs, before, strict=True)):
+            if not torch.equal(now.detach(), then):
+                return f"input {index} was changed by the call"
+        return ""
+
+    # ---- work ------------------------------------------------------------------------------------------
+
+    def _work(self, subject: Subject) -> dict[str, Any]:
+        case, w, module = subject.case, subject.case.workload, subject.module
+        backward = case.direction == "fwd_bwd"
+        core = w.batch * module.flops(case.n, case.m)
+        whole = w.batch * module.layer_flops(case.n, case.m) if case.scope == "layer" else core
+        recomputes = "flash" in registry.spec(case.mechanism).ops_for(case.pattern)
+        flops = _with_backward(core, recomputes, backward) + _with_backward(whole - core, False, backward)
+        pairs = _dense_pairs(case)
+        dense = _with_backward(4 * w.batch * w.heads * pairs * w.head_dim, True, backward)
+        size = sum(x.numel() * x.element_size() for x in subject.inputs)
+        out = subject.inputs[0].numel() * subject.inputs[0].element_size()
+        moved = (2 * size + 2 * out) if backward else size + out
+        itemsize = subject.inputs[0].element_size()
+        return {
+            "flops": flops,
+            "flops_dense": dense,
+            "flops_counted": _counted(subject),
+            "bytes_min": moved,
+            "roofline_us": devices.roofline_us(flops, moved, _arithmetic(case.dtype), case.device),
+            "mem_formula_bytes": w.batch * module.extra_bytes(case.n, case.m, itemsize),
+            "input_dist": "gaussian",
+        }
+
+    @staticmethod
+    def _rates(columns: Mapping[str, Any], case: Case) -> dict[str, Any]:
+        seconds = columns["time_us"] * 1e-6
+        bound = columns["roofline_us"]
+        return {
+            "tflops": columns["flops"] / seconds * 1e-12,
+            "tflops_effective": columns["flops_dense"] / seconds * 1e-12,
+            "gbps_min": columns["bytes_min"] / seconds * 1e-9,
+            "roofline_pct": None if bound is None else 100.0 * bound / columns["time_us"],
+        }
+
+    @staticmethod
+    def _physics(columns: Mapping[str, Any]) -> list[Flag]:
+        bound = columns["roofline_us"]
+        if bound is None or columns["time_us"] >= bound:
+            return []
+        return [
+            Flag("faster_than_physics", f"{columns['time_us']:.3g} µs", f"{bound:.3g} µs by the roofline")
+        ]
+
+    # ---- tasks -----------------------------------------------------------------------------------------
+
+    def _train(self, case: Case, send: Send) -> dict[str, Any]:
+        from attnbench.tasks.base import TrainingDiverged
+        from attnbench.tasks.run import run_task
+
+        def progress(done: int, total: int, loss: float) -> None:
+            send({"kind": "progress", "done": done, "total": total, "loss": loss})
+
+        try:
+            columns = run_task(
+                case.task,
+                case.mechanism,
+                backend=case.backend,
+                pattern=case.pattern,
+                preset=self._preset,
+                seed=case.seed,
+                device="cpu" if case.device == "cpu" else "cuda",
+                hyper=dict(case.hyper),
+                progress=progress,
+            )
+        except TrainingDiverged as error:
+            return {"status": Status.INCORRECT, "reason": str(error)}
+        return {**columns, "status": Status.OK}
+
+
+def _arithmetic(dtype: str) -> str:
+    """The arithmetic that bounds a dtype here: fp32 products are TF32 ones where torch is set so."""
+    if dtype == "float32" and torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return dtype
+
+
+def _with_backward(forward: int, recomputes: bool, backward: bool) -> int:
+    """Forward FLOPs, and with a backward 2 more times them, or 2.5 where it recomputes the scores."""
+    if not backward:
+        return forward
+    return forward * 7 // 2 if recomputes else forward * 3
+
+
+def _dense_pairs(case: Case) -> int:
+    """(query, key) pairs that softmax attention visits per head; causal is aligned at the last token."""
+    n, m = case.n, case.m
+    if case.pattern != "CS":
+        return n * m
+    return n * m - n * (n - 1) // 2 if m >= n else m * (m + 1) // 2
+
+
+def _counted(subject: Subject) -> int | None:
+    """FLOPs that torch's counter sees in one call; None when it sees none, or cannot look.
+
+    It sees no op without a formula (fused attention on a CPU), and FlexAttention does not run under it.
+    """
+    counter = FlopCounterMode(display=False)
+    try:
+        with counter:
+            subject.step()
+    except (TypeError, RuntimeError):
+        return None
+    return counter.get_total_flops() or None
+
+
+def _texts(flags: Sequence[Flag]) -> list[str]:
+    return sorted({flag.text for flag in flags})

@@ -1,0 +1,108 @@
+"""A case made concrete: the module, its inputs, and the call that is measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from attnbench.impls import registry
+from attnbench.impls.base import Attention
+from attnbench.impls.case import Case
+from attnbench.tasks.data.inputs import make_qkv
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What one case calls. ``inputs`` are q, k, v (scope op) or x and the context (scope layer)."""
+
+    case: Case
+    module: Attention
+    inputs: tuple[Tensor, ...]
+    upstream: Tensor | None
+
+    def forward(self) -> Tensor:
+        """The output, with autograd as the surrounding context has it."""
+        grid = self.case.grid or None
+        if self.case.scope == "op":
+            q, k, v = self.inputs
+            return self.module.attend(q, *self.module.grouped(k, v), grid=grid)
+        return self.module(*self.inputs, grid=grid)
+
+    def leaves(self) -> list[Tensor]:
+        """Tensors that a backward differentiates: the inputs, then the parameters."""
+        return [*self.inputs, *(p for p in self.module.parameters() if p.requires_grad)]
+
+    def like(self) -> list[Tensor]:
+        """Tensors of the shape, dtype and device that the results of :meth:`step` must have."""
+        first, last = self.inputs[0], self.inputs[-1]
+        shape = (*first.shape[:3], last.shape[-1]) if self.case.scope == "op" else first.shape
+        return [first.new_empty(shape), *(self.leaves() if self.upstream is not None else ())]
+
+    def step(self) -> Sequence[Tensor]:
+        """One measured call: the output alone, or the output and its gradients."""
+        if self.upstream is None:
+            with torch.no_grad():
+                return (self.forward(),)
+        output = self.forward()
+        return (output.detach(), *torch.autograd.grad(output, self.leaves(), self.upstream))
+
+
+def build(case: Case, dist: str = "gaussian") -> Subject:
+    """Build the module and draw the inputs of ``case``, both from its seed."""
+    device = "cpu" if case.device == "cpu" else "cuda"
+    dtype: torch.dtype = getattr(torch, case.dtype)
+    module = _module(case, case.backend).to(device=device, dtype=dtype).eval()
+    generator = torch.Generator(device).manual_seed(case.seed)
+    inputs = _inputs(case, dist, dtype, device, generator)
+    upstream = None
+    if case.direction == "fwd_bwd":
+        inputs = tuple(x.requires_grad_() for x in inputs)
+        shape = inputs[0].shape if case.scope == "layer" else (*inputs[0].shape[:3], inputs[2].shape[-1])
+        upstream = torch.randn(shape, generator=generator, device=device, dtype=dtype)
+    else:
+        module.requires_grad_(False)
+    return Subject(case, module, inputs, upstream)
+
+
+def as_reference(subject: Subject, dtype: torch.dtype) -> Subject:
+    """The same module, weights and inputs on the reference backend, in ``dtype``."""
+    case = replace(subject.case, backend="reference")
+    module = _module(case, "reference")
+    module.load_state_dict(subject.module.state_dict())
+    device = subject.inputs[0].device
+    module = module.to(device=device, dtype=dtype).eval()
+    module.requires_grad_(subject.upstream is not None)
+    inputs = tuple(x.detach().to(dtype).requires_grad_(subject.upstream is not None) for x in subject.inputs)
+    upstream = None if subject.upstream is None else subject.upstream.to(dtype)
+    return Subject(case, module, inputs, upstream)
+
+
+def _module(case: Case, backend: str) -> Attention:
+    kind = registry.mechanism(case.mechanism)
+    torch.manual_seed(case.seed)
+    return kind(
+        case.workload.width,
+        case.workload.heads,
+        pattern=case.pattern,
+        backend=backend,
+        num_kv_heads=case.workload.kv_heads,
+        projections=case.scope == "layer",
+        **{**kind.for_length(case.n, case.m), **dict(case.hyper)},
+    )
+
+
+def _inputs(
+    case: Case, dist: str, dtype: torch.dtype, device: str, generator: torch.Generator
+) -> tuple[Tensor, ...]:
+    w = case.workload
+    if case.scope == "op":
+        d = w.head_dim
+        return make_qkv(dist, w.batch, w.heads, w.kv_heads, case.n, case.m, d, d, dtype, device, generator)
+    lengths = (case.n, case.m) if case.pattern in ("NC", "CC") else (case.n,)
+    return tuple(
+        torch.randn(w.batch, length, w.width, generator=generator, device=device, dtype=dtype)
+        for length in lengths
+    )

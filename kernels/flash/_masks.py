@@ -1,0 +1,116 @@
+"""Masks as tensors for the backends that need one, built once, so that no timed call builds a mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from attnbench.kernels.flash.reference import visible_pairs
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Band:
+    """Which keys the queries see, but for their positions: hashable, so that masks are cached by it.
+
+    A query at position p sees the keys p − left .. p + right, a side that is None being unbounded.
+    """
+
+    n: int
+    m: int
+    left: int | None
+    right: int | None
+    device: torch.device
+
+    @property
+    def everything(self) -> bool:
+        """Whether every query sees every key."""
+        return self.left is None and self.right is None
+
+
+def band(q: Tensor, k: Tensor, causal: bool, window: tuple[int, int] | None) -> Band:
+    """The band of a call: causal is a right side of 0, and −1 in a window is unbounded."""
+    left, right = (-1, -1) if window is None else window
+    if causal:
+        right = 0
+    bounds = (side if side >= 0 else None for side in (left, right))
+    return Band(q.shape[2], k.shape[2], *bounds, q.device)
+
+
+class MaskCache(Generic[T]):
+    """Masks by band and, with positions, by the tensor of positions, as long as nobody writes to it."""
+
+    def __init__(self, build: Callable[[Band, Tensor | None], T], size: int = 4) -> None:
+        self._build = build
+        self._by_band = lru_cache(maxsize=size)(lambda where: self._built(where, None))
+        self._by_positions = WeakTensorKeyDictionary()
+
+    def get(self, where: Band, q_pos: Tensor | None) -> T:
+        """The mask of a band, for the queries' own positions i + M − N or for the given ones."""
+        if q_pos is None:
+            return self._by_band(where)
+        if q_pos.is_inference():  # such a tensor does not tell when it is written to
+            return self._built(where, q_pos)
+        version, masks = self._by_positions.get(q_pos, (None, None))
+        if version != q_pos._version:
+            masks = {}
+            self._by_positions[q_pos] = (q_pos._version, masks)
+        if where not in masks:
+            masks[where] = self._built(where, q_pos)
+        return masks[where]
+
+    def _built(self, where: Band, q_pos: Tensor | None) -> T:
+        with torch.inference_mode(False), torch.no_grad():  # a cached mask must serve training, too
+            return self._build(where, q_pos)
+
+
+@dataclass(frozen=True)
+class DenseMask:
+    """A mask as bool (N, M), True where a key is visible, and whether some query sees no key."""
+
+    visible: Tensor
+    has_blind_query: bool
+
+
+def _dense(where: Band, q_pos: Tensor | None) -> DenseMask:
+    window = tuple(-1 if side is None else side for side in (where.left, where.right))
+    visible = visible_pairs(where.n, where.m, causal=False, window=window, q_pos=q_pos, device=where.device)
+    return DenseMask(visible, not bool(visible.any(-1).all()))
+
+
+_DENSE = MaskCache(_dense)
+
+
+def dense_mask(where: Band, q_pos: Tensor | None) -> DenseMask | None:
+    """The mask as a tensor, None where every key is visible to every query."""
+    return None if where.everything else _DENSE.get(where, q_pos)
+
+
+def sdpa_mask(
+    visible: Tensor | None, key_bias: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor | None:
+    """What ``scaled_dot_product_attention`` takes as attn_mask, four-dimensional and broadcastable.
+
+    A mask alone stays bool and a bias alone stays as small as it is; together they fill an N×M tensor.
+    """
+    if key_bias is None and bias is None:
+        return None if visible is None else visible[None, None]
+    terms = [
+        _four_dimensional(x).to(dtype)
+        for x in (None if key_bias is None else key_bias.unsqueeze(-2), bias)
+        if x is not None
+    ]
+    total = sum(terms[1:], terms[0])
+    return total if visible is None else torch.where(visible, total, -math.inf)
+
+
+def _four_dimensional(x: Tensor) -> Tensor:
+    return x[(None,) * (4 - x.dim())]

@@ -1,0 +1,50 @@
+"""Tile sizes and launch parameters of the kernels of noncausal linear attention, in one table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of rows, D and Dv (powers of two ≥ 16, the least a dot takes), warps and pipeline stages."""
+
+    block_n: int
+    block_k: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+
+
+def config(kernel: str, d: int, dv: int, itemsize: int) -> Config:
+    """The configuration of ``sums``, ``read`` or ``feature_gradient`` for head dims and element size."""
+    # A dot of fp32 tiles is three tf32 products with all operands in registers before Hopper: smaller tiles.
+    full = itemsize == 4
+    table = {
+        # All the time goes to loads of k and v: three stages keep them in flight, and a tile of Dv = 128
+        # reads k once for it.
+        "sums": Config(32, 64, 64, 8, 2) if full else Config(64, 64, 128, 8, 3),
+        # 128 rows share one read of the sums; the loop over D has one or two turns, so no deep pipeline.
+        "read": Config(64 if full else 128, 32 if full else 64, 64, 8, 2),
+        "feature_gradient": Config(64 if full else 128, 64, 32 if full else 64, 8, 2),
+    }
+    chosen = table[kernel]
+    return Config(
+        chosen.block_n,
+        min(chosen.block_k, max(16, triton.next_power_of_2(d))),
+        min(chosen.block_v, max(16, triton.next_power_of_2(dv))),
+        chosen.num_warps,
+        chosen.num_stages,
+    )
+
+
+def split_length(blocks: int, programs: int, processors: int) -> int:
+    """Blocks of keys that one program sums, so that four programs fill a processor.
+
+    ``programs`` is the number without a split. No split is shorter than 4 blocks: each costs one write and
+    one read of the sums.
+    """
+    splits = max(1, min(4 * processors // programs, blocks // 4))
+    return -(-blocks // splits)

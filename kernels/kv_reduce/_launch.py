@@ -1,0 +1,105 @@
+"""Launches of the kernels of noncausal linear attention: what runs is what is compiled ahead of time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnbench.kernels._tiles import Launch, Target, dot_precision, strided
+from attnbench.kernels.kv_reduce._config import config, split_length
+from attnbench.kernels.kv_reduce._kernels import feature_gradient_kernel, read_kernel, sums_kernel
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of one call that are not tensors."""
+
+    feature_map: str
+    scale: float
+    normalize: bool
+    eps: float
+    eps_mode: str
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What all launches of one call share: head dims, settings and target."""
+
+    d: int
+    dv: int
+    settings: Settings
+    target: Target
+
+    @property
+    def size(self) -> int:
+        """Floats of the sums of one (batch, head): KV, then z when normalised."""
+        return self.d * self.dv + (self.d if self.settings.normalize else 0)
+
+    def options(self, kernel: str, dtype: torch.dtype) -> dict[str, Any]:
+        """Compile-time arguments of ``kernel``."""
+        c = config(kernel, self.d, self.dv, dtype.itemsize)
+        return {
+            "D": self.d,
+            "DV": self.dv,
+            "E": self.size,
+            "BN": c.block_n,
+            "BK": c.block_k,
+            "BV": c.block_v,
+            "FEATURE": self.settings.feature_map,
+            "PRECISION": dot_precision(dtype),
+            "num_warps": c.num_warps,
+            "num_stages": c.num_stages,
+        }
+
+    def sums(
+        self,
+        a: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        inverse: Tensor | None,
+        d_den: Tensor | None,
+        scale: float,
+    ) -> tuple[Launch, Tensor]:
+        """The launch that fills scale·Σ φ(a) xᵀ and Σ φ(a), in parts (B·H, splits, E) to be added."""
+        b, heads, n, _ = a.shape
+        options = self.options("sums", a.dtype)
+        tiles = triton.cdiv(self.d, options["BK"]) * triton.cdiv(self.dv, options["BV"])
+        blocks = triton.cdiv(n, options["BN"])
+        per_split = split_length(blocks, b * heads * tiles, self.target.processors)
+        splits = triton.cdiv(blocks, per_split)
+        parts = a.new_empty(b * heads, splits, self.size, dtype=torch.float32)
+        args = (*strided(a, x, mask), inverse, d_den, parts, heads, n, blocks, per_split, splits, scale)
+        return Launch(sums_kernel, (b * heads * splits * tiles,), args, options), parts
+
+    def read(
+        self, a: Tensor, mask: Tensor | None, sums: Tensor, out: Tensor, den: Tensor | None, scale: float
+    ) -> Launch:
+        """The launch that fills ``out`` = φ(a) KV: scaled, or divided by the den it fills where given."""
+        b, heads, n, _ = a.shape
+        options = self.options("read", a.dtype) | {"EPS_ADD": self.settings.eps_mode == "add"}
+        blocks = triton.cdiv(n, options["BN"])
+        args = (*strided(a, mask), sums, out, den, heads, n, blocks, scale, self.settings.eps)
+        return Launch(read_kernel, (b * heads * blocks * triton.cdiv(self.dv, options["BV"]),), args, options)
+
+    def feature_gradient(
+        self,
+        x: Tensor,
+        u: Tensor,
+        mask: Tensor | None,
+        inverse: Tensor | None,
+        d_den: Tensor | None,
+        sums: Tensor,
+        out: Tensor,
+        scale: float,
+    ) -> Launch:
+        """The launch that fills ``out``: dq from x = dO, or dk from x = v; u is the feature map's input."""
+        b, heads, n, _ = u.shape
+        options = self.options("feature_gradient", u.dtype)
+        blocks = triton.cdiv(n, options["BN"])
+        args = (*strided(x, u, mask), inverse, d_den, sums, out, heads, n, blocks, scale)
+        grid = (b * heads * blocks * triton.cdiv(self.d, options["BK"]),)
+        return Launch(feature_gradient_kernel, grid, args, options)

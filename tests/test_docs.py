@@ -1,0 +1,45 @@
+"""Documentation that is derived from the code is up to date, and its examples run."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from attnbench.results.schema import COLUMNS
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_every_column_has_its_entry_in_metrics() -> None:
+    text = (ROOT / "docs/metrics.md").read_text()
+    missing = [column.name for column in COLUMNS if f"| `{column.name}` |" not in text]
+    assert missing == []
+
+
+def test_derived_pages_are_up_to_date() -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "scripts/write_docs.py", "--check"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_relative_links_lead_somewhere() -> None:
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_example_of_add_your_own_holds_the_contract(tmp_path: Path) -> None:
+    from attnbench.harness import contract
+    from attnbench.impls import registry
+
+    text = (ROOT / "docs/add-your-own.md").read_text()
+    source = re.search(r"```python\n(# my_attention\.py.*?)```", text, re.DOTALL)
+    assert source is not None
+    path = tmp_path / "my_attention.py"
+    path.write_text(source[1])
+    kind = registry.mechanism(f"{path}:SigmoidAttention")
+    targets = [t for t in contract.targets(kind) if t.backend == "torch"]
+    failed = [o for target in targets for o in contract.run_kit(target) if o.status == "failed"]
+    assert targets
+    assert failed == []
