@@ -69,7 +69,9 @@ def run(
     time_limit: Annotated[
         float, typer.Option(help="Seconds after which a case is a timeout; 0: 120, a task 1800.")
     ] = 0.0,
-    threads: Annotated[int, typer.Option(help="CPU threads of a worker; 0: one per core.")] = 0,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads of a worker; 0: the preset's, tiny 1, else one per core.")
+    ] = 0,
     infer: Annotated[
         bool, typer.Option(help="Skip lengths beyond one that ran out of memory or time.")
     ] = True,

@@ -30,7 +30,11 @@ TIME_LIMITS_S = {"op": 120.0, "layer": 120.0, "task": 1800.0}
 
 @dataclass(frozen=True)
 class Preset:
-    """Defaults of a preset: what is swept where the user says nothing, and how long is measured."""
+    """Defaults of a preset: what is swept where the user says nothing, and how long is measured.
+
+    ``threads`` 0 means one per physical core. ``tiny`` computes on one: its shapes are too small to share,
+    and threads that wait for each other make a busy machine many times slower.
+    """
 
     dtypes_cpu: tuple[str, ...]
     dtypes_gpu: tuple[str, ...]
@@ -38,10 +42,11 @@ class Preset:
     timing: str
     gate_max_n: int
     seeds: tuple[int, ...]
+    threads: int = 0
 
 
 PRESETS = {
-    "tiny": Preset(("float32",), ("bfloat16",), DIRECTIONS, "tiny", 256, (0, 1, 2)),
+    "tiny": Preset(("float32",), ("bfloat16",), DIRECTIONS, "tiny", 256, (0, 1, 2), threads=1),
     "small": Preset(("float32",), ("bfloat16",), DIRECTIONS, "default", 2048, (0, 1, 2)),
     "paper": Preset(("float32",), ("bfloat16", "float16"), DIRECTIONS, "default", 4096, (0, 1, 2, 3, 4)),
 }
@@ -52,8 +57,8 @@ class RunConfig:
     """A request, as the command line or ``attnbench.run`` gives it. Empty tuples mean the preset's choice.
 
     ``hyper`` holds (mechanism, hyper-parameter, value). ``shard`` is (i, n), 1-based. ``blocks`` is how often
-    each case is measured, each time in a fresh process. ``threads`` 0 means one per
-    physical core, ``time_limit_s`` 0 the limit of :data:`TIME_LIMITS_S` for the scope.
+    each case is measured, each time in a fresh process. ``threads`` 0 means the preset's, ``time_limit_s`` 0
+    the limit of :data:`TIME_LIMITS_S` for the scope.
     """
 
     impl: tuple[str, ...] = ("all",)

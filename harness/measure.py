@@ -25,6 +25,9 @@ from attnbench.results.schema import Status
 
 Send = Callable[[dict[str, Any]], None]
 DISTRIBUTIONS = ("gaussian", "structured", "recorded")
+UNCOUNTABLE = ("flex",)
+"""Backends that torch's dispatch modes (counter, CPU audit) break, for good in that process."""
+
 FIDELITY_MAX_N = 2048
 """Exact attention in fp64 holds the whole score matrix: beyond this length fidelity is measured at it."""
 
@@ -52,8 +55,8 @@ class Measurer:
         columns, wrong, flags = self._checks(case)
         columns |= self._work(subject)
         send({"kind": "partial", "columns": columns})
-        audit = timing.audit(subject.step, self._device)
-        columns |= audit.columns()
+        audit = self._audit(subject)
+        columns |= audit.columns() if audit else {}
         if wrong:
             return {**columns, "status": Status.INCORRECT, "reason": wrong, "flags": _texts(flags)}
         before = [x.detach().clone() for x in subject.inputs]
@@ -67,8 +70,16 @@ class Measurer:
             return {**columns, "status": Status.INCORRECT, "reason": wrong, "flags": _texts(flags)}
         columns |= used.columns() | timed.columns()
         columns |= self._rates(columns, case)
-        columns["flags"] = _texts([*flags, *audit.flags, *used.flags, *timed.flags, *self._physics(columns)])
+        columns["flags"] = _texts(
+            [*flags, *(audit.flags if audit else ()), *used.flags, *timed.flags, *self._physics(columns)]
+        )
         return {**columns, "status": Status.OK}
+
+    def _audit(self, subject: Subject) -> timing.Audit | None:
+        """What one call launches; None where the backend cannot be looked at."""
+        if subject.case.backend in UNCOUNTABLE and self._device.kind == "cpu":
+            return None
+        return timing.audit(subject.step, self._device)
 
     # ---- correctness -----------------------------------------------------------------------------------
 
@@ -224,16 +235,13 @@ def _dense_pairs(case: Case) -> int:
 
 
 def _counted(subject: Subject) -> int | None:
-    """FLOPs that torch's counter sees in one call; None when it sees none, or cannot look.
-
-    It sees no op without a formula (fused attention on a CPU), and FlexAttention does not run under it.
-    """
-    counter = FlopCounterMode(display=False)
-    try:
-        with counter:
-            subject.step()
-    except (TypeError, RuntimeError):
+    """FLOPs that torch's counter sees in a forward; None when it sees none (fused attention on a CPU)."""
+    if subject.case.backend in UNCOUNTABLE:
         return None
+    counter = FlopCounterMode(display=False)
+    frozen = replace(subject, inputs=tuple(x.detach() for x in subject.inputs), upstream=None)
+    with counter:  # its hooks on modules do not understand autograd.grad
+        frozen.step()
     return counter.get_total_flops() or None
 
 

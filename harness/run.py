@@ -185,7 +185,7 @@ class _Driver:
     ) -> None:
         self._run_id, self._resolved = run_id, resolved
         self._journal, self._listener = journal, listener
-        self._threads = resolved.request.threads or environment.physical_cores()
+        self._threads = resolved.request.threads or resolved.preset.threads or environment.physical_cores()
         self._worker: WorkerProcess | None = None
         self._known: dict[str, Any] = {}
         self._too_long = too_long

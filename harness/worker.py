@@ -6,6 +6,7 @@ impl does is turned into a row: the one place that catches every exception.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import resource
@@ -34,6 +35,7 @@ def main() -> None:
     from attnbench.harness.measure import Measurer
 
     measurer = Measurer(settings)
+    gc.freeze()  # what is imported by now is not garbage: collections between cases need not walk it
     _send(out, {"kind": "ready", "environment": capture(device)})
     for line in sys.stdin:
         case = Case.from_json(json.loads(line)["case"])

@@ -223,7 +223,13 @@ def _columns() -> tuple[Column, ...]:
         # ---- work and bounds
         c("flops", _INT, "work", "FLOPs of this mechanism by its formula; a multiply-add is 2.", "FLOP"),
         c("flops_dense", _INT, "work", "FLOPs of softmax attention on the same case.", "FLOP"),
-        c("flops_counted", _INT, "work", "FLOPs that torch's counter sees; a check of the formula.", "FLOP"),
+        c(
+            "flops_counted",
+            _INT,
+            "work",
+            "FLOPs that torch's counter sees in the forward pass; a check of the formula.",
+            "FLOP",
+        ),
         c("tflops", _F64, "work", "`flops` over `time_us`.", "TFLOP/s", True),
         c(
             "tflops_effective",

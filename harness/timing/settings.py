@@ -61,7 +61,7 @@ PRESETS: Final[dict[str, Settings]] = {
         min_total_s=0.05,
         half_width=0.02,
         max_samples=200,
-        wall_cap_s=2.0,
+        wall_cap_s=1.5,
         floor_samples=3,
     ),
 }
