@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import resource
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ from attnbench.harness.flags import Flag
 
 STEAL_LIMIT = 0.01
 SWITCHES_PER_S_LIMIT = 20.0
+LOOK_S = 0.1
+"""How long :func:`pin` watches which CPUs are busy: ten ticks of the kernel's clock."""
 
 
 def _allowed_cpus() -> frozenset[int]:
@@ -153,6 +156,15 @@ class Host:
         units = {"K": 1 << 10, "M": 1 << 20}
         return int(level), shared or "", int(size.rstrip("KM")) * units.get(size[-1], 1)
 
+    def busy_ticks(self) -> dict[int, int]:
+        """How long each CPU has computed since the start of the system, in ticks; empty where unknown."""
+        rows = [line.split() for line in (self.text("proc/stat") or "").splitlines()]
+        return {
+            int(row[0].removeprefix("cpu")): sum(map(int, row[1:4])) + sum(map(int, row[6:9]))
+            for row in rows
+            if row and row[0].removeprefix("cpu").isdigit() and len(row) >= 9
+        }
+
     def _ticks(self) -> tuple[int | None, int | None]:
         """Stolen and all ticks of the CPUs that we may use. Guest time is part of user time already."""
         allowed = {f"cpu{cpu}" for cpu in self.allowed()}
@@ -176,15 +188,26 @@ def parse_cpulist(text: str) -> list[int]:
 def pin(threads: int, host: Host | None = None) -> tuple[int, ...]:
     """Bind this process to one CPU of each of ``threads`` physical cores, on one NUMA node if it has enough.
 
+    Of equal cores it takes the least busy: other processes that are bound, workers of a second run among
+    them, do not move away. Looking takes :data:`LOOK_S`.
+
     To be called before torch starts its threads, which inherit the binding. Returns the CPUs; empty where
     the system cannot bind or has not so many cores, and the measurements then carry the flag ``unpinned``.
     """
-    cores = (host or Host()).cores()
+    host = host or Host()
+    cores = host.cores()
     if not hasattr(os, "sched_setaffinity") or threads > len(cores):
         return ()
     nodes = [node for node, _ in cores]
     best = max(sorted(set(nodes)), key=nodes.count)
-    ordered = sorted(cores, key=lambda core: core[0] != best)
+    before = host.busy_ticks()
+    time.sleep(LOOK_S)
+    after = host.busy_ticks()
+
+    def busy(cpus: tuple[int, ...]) -> int:
+        return sum(after.get(cpu, 0) - before.get(cpu, 0) for cpu in cpus)
+
+    ordered = sorted(cores, key=lambda core: (core[0] != best, busy(core[1])))
     cpus = tuple(sorted(cpus[0] for _, cpus in ordered[:threads]))
     os.sched_setaffinity(0, cpus)
     return cpus

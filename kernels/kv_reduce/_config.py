@@ -20,16 +20,22 @@ class Config:
 
 def config(kernel: str, d: int, dv: int, itemsize: int) -> Config:
     """The configuration of ``sums``, ``read`` or ``feature_gradient`` for head dims and element size."""
-    # A dot of fp32 tiles is three tf32 products with all operands in registers before Hopper: smaller tiles.
-    full = itemsize == 4
-    table = {
-        # All the time goes to loads of k and v: three stages keep them in flight, and a tile of Dv = 128
-        # reads k once for it.
-        "sums": Config(32, 64, 64, 8, 2) if full else Config(64, 64, 128, 8, 3),
-        # 128 rows share one read of the sums; the loop over D has one or two turns, so no deep pipeline.
-        "read": Config(64 if full else 128, 32 if full else 64, 64, 8, 2),
-        "feature_gradient": Config(64 if full else 128, 64, 32 if full else 64, 8, 2),
-    }
+    if itemsize == 4:
+        # A dot of fp32 tiles is three tf32 products, before Hopper with operands in registers: small tiles.
+        table = {
+            "sums": Config(32, 64, 64, 8, 2),
+            "read": Config(64, 32, 64, 8, 2),
+            "feature_gradient": Config(64, 64, 32, 8, 2),
+        }
+    else:
+        table = {
+            # All the time goes to loads of k and v: three stages keep them in flight, and one tile of
+            # Dv = 128 reads k once for it.
+            "sums": Config(64, 64, 128, 8, 3),
+            # 128 rows share one read of the sums; the loop over tiles has one or two turns: no deep pipeline.
+            "read": Config(128, 64, 64, 8, 2),
+            "feature_gradient": Config(128, 64, 64, 8, 2),
+        }
     chosen = table[kernel]
     return Config(
         chosen.block_n,

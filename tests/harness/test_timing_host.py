@@ -303,3 +303,13 @@ def test_kernels_that_triton_compiles_are_counted(tmp_path):
     env["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
     done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "[0, 1, 1, 2] 2", done.stderr
+
+
+def test_of_equal_cores_the_idlest_is_taken(monkeypatch):
+    seen = iter(({0: 100, 1: 100}, {0: 109, 1: 101}))
+    bound = []
+    monkeypatch.setattr(Host, "busy_ticks", lambda self: next(seen))
+    monkeypatch.setattr(Host, "cores", lambda self: [(0, (0,)), (0, (1,))])
+    monkeypatch.setattr(os, "sched_setaffinity", lambda pid, cpus: bound.append(cpus))
+    assert pin(1, Host()) == (1,)
+    assert bound == [(1,)]
