@@ -60,7 +60,8 @@ def run(
     direction: Annotated[str, typer.Option(help="fwd, fwd_bwd; comma-separated.")] = "",
     preset: Annotated[str, typer.Option(help="tiny, small or paper.")] = "tiny",
     setting: Annotated[
-        list[str] | None, typer.Option("--set", help="A hyper-parameter: performer.m=64. Repeatable.")
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter: performer.num_features=64. Repeatable."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of inputs, weights and order.")] = 0,
     blocks: Annotated[int, typer.Option(help="Fresh processes that measure each case.")] = 1,

@@ -171,12 +171,14 @@ def parse_shard(text: str) -> tuple[int, int]:
 
 
 def parse_hyper(text: str) -> tuple[str, str, Any]:
-    """``"performer.m=64"`` → ("performer", "m", 64). Values are JSON, or text when they are not."""
+    """``"lara.alpha=2"`` → ("lara", "alpha", 2). Values are JSON, or text when they are not."""
     import json
 
     match = re.fullmatch(r"([^.=]+)\.([^.=]+)=(.*)", text)
     if match is None:
-        raise UsageError(f"--set {text!r}: expected mechanism.name=value, for instance performer.m=64")
+        raise UsageError(
+            f"--set {text!r}: expected mechanism.name=value, for instance performer.num_features=64"
+        )
     try:
         value: Any = json.loads(match[3])
     except ValueError:
