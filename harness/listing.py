@@ -30,7 +30,7 @@ def mechanisms(family: str | None, pattern: str | None) -> Table:
             ", ".join(_ops(s)) or s.hot_loop,
             ", ".join(_peers(s)) or None,
             s.cost,
-            f"{s.paper.title} ({s.paper.year})",
+            f"{s.paper.title} ({s.paper.year}) {s.paper.url}".rstrip(),
         )
         for s in specs
     ]

@@ -18,7 +18,6 @@ from attnbench.errors import UsageError
 from attnbench.impls.case import Case
 from attnbench.impls.spec import Pattern, Spec
 from attnbench.kernels import OPS, Support, available, flash, padding_bias
-from attnbench.kernels.backends import OWN, YES
 
 Grid = tuple[int, ...] | None
 
@@ -301,8 +300,6 @@ class MaskAttention(Attention):
 
 
 __all__ = [
-    "OWN",
-    "YES",
     "Attention",
     "Case",
     "Grid",
