@@ -14,7 +14,13 @@ from attnbench.errors import UsageError
 from attnbench.results import schema
 from attnbench.results.rows import Row
 
-LIFTS: Final[dict[int, Callable[[Row], Row]]] = {}
+
+def _only_new_columns(row: Row) -> Row:
+    """A version that only brought columns: what was not measured then is null."""
+    return row
+
+
+LIFTS: Final[dict[int, Callable[[Row], Row]]] = {1: _only_new_columns}
 """Version → the function that turns a row of it into a row of the next version. Version 1 is the first."""
 
 

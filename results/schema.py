@@ -11,8 +11,11 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-SCHEMA_VERSION: Final = 1
-"""Raised when a column changes its meaning or goes; :mod:`attnbench.results.migrate` lifts older files."""
+SCHEMA_VERSION: Final = 2
+"""Raised when a column comes, goes or changes its meaning; :mod:`attnbench.results.migrate` lifts older files.
+
+2: measured peaks and the bound that they give.
+"""
 
 MEASUREMENT_VERSION: Final = 1
 """Raised when the same code would be measured differently; rows of two versions are never compared."""
@@ -256,6 +259,22 @@ def _columns() -> tuple[Column, ...]:
             "µs",
         ),
         c("roofline_pct", _F64, "work", "`roofline_us` over `time_us`.", "%", True),
+        c(
+            "peak_tflops_measured",
+            _F64,
+            "work",
+            "Rate of the fastest matrix product of this dtype in this process.",
+            "TFLOP/s",
+        ),
+        c("peak_gbps_measured", _F64, "work", "Bytes read and written by a large copy, per second.", "GB/s"),
+        c(
+            "roofline_measured_us",
+            _F64,
+            "work",
+            "`roofline_us` with the measured peaks instead of the vendor's.",
+            "µs",
+        ),
+        c("roofline_measured_pct", _F64, "work", "`roofline_measured_us` over `time_us`.", "%", True),
         # ---- correctness and fidelity
         c(
             "err_rms",
@@ -307,7 +326,12 @@ def _columns() -> tuple[Column, ...]:
         c("ops_used", _STRS, "provenance", "Operations and the backend that computed each, as `op/backend`."),
         c("kernels", _STRS, "provenance", "Names of the kernels launched by one call."),
         c("n_launches", _INT, "provenance", "Kernels launched by one call.", "kernels"),
-        c("tuned_config", _STR, "provenance", "Configuration chosen for the kernels, as JSON."),
+        c(
+            "tuned_config",
+            _STR,
+            "provenance",
+            "Configurations chosen for our kernels and whether each is the default, cached or tuned, as JSON.",
+        ),
         # ---- tasks
         c("task", _STR, "task", "Task that was trained and evaluated."),
         c("metric", _STR, "task", "Name of the metric."),

@@ -200,24 +200,37 @@ def block_interval(medians: Sequence[float], level: float = 0.95) -> tuple[float
     return None if interval is None else (math.exp(interval[0]), math.exp(interval[1]))
 
 
-def ratio_interval(over: Sequence[float], under: Sequence[float], level: float = 0.95) -> Interval | None:
-    """How many times ``over`` is as large as ``under``, both medians of independent blocks, with interval.
+def difference_interval(
+    a: Sequence[float], b: Sequence[float], level: float = 0.95
+) -> tuple[float, float] | None:
+    """Welch's interval of mean(a) − mean(b) for independent values; None where a side has fewer than three.
 
-    The value is the ratio of the two medians. The interval is Welch's: the difference of the mean logarithms
-    ± t · √(s₁²/k₁ + s₂²/k₂) with the Welch–Satterthwaite degrees of freedom. Blocks are not paired here;
-    a paired design is sharper. None where either side has fewer than three blocks.
+    ± t · √(s₁²/k₁ + s₂²/k₂) with the Welch–Satterthwaite degrees of freedom.
     """
-    if min(len(over), len(under)) < MIN_BLOCKS:
+    if min(len(a), len(b)) < MIN_BLOCKS:
         return None
-    a, b = _logs(over), _logs(under)
     va, vb = statistics.variance(a) / len(a), statistics.variance(b) / len(b)
     difference = statistics.fmean(a) - statistics.fmean(b)
     half = 0.0
     if va + vb > 0.0:
         freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
         half = t_quantile(0.5 + level / 2, freedom) * math.sqrt(va + vb)
+    return difference - half, difference + half
+
+
+def ratio_interval(over: Sequence[float], under: Sequence[float], level: float = 0.95) -> Interval | None:
+    """How many times ``over`` is as large as ``under``, both medians of independent blocks, with interval.
+
+    The value is the ratio of the two medians. The interval is Welch's, of the difference of the mean
+    logarithms. Blocks are not paired here; a paired design is sharper. None where either side has fewer than
+    three blocks.
+    """
+    if min(len(over), len(under)) < MIN_BLOCKS:
+        return None
+    interval = difference_interval(_logs(over), _logs(under), level)
+    assert interval is not None
     value = quantile(over, 0.5) / quantile(under, 0.5)
-    return Interval(value, math.exp(difference - half), math.exp(difference + half))
+    return Interval(value, math.exp(interval[0]), math.exp(interval[1]))
 
 
 def _logs(values: Sequence[float]) -> list[float]:
