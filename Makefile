@@ -5,7 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 RUN    := runs/$(shell date -u +%Y%m%d-%H%M%S)
 
-.PHONY: install test check bench clean
+.PHONY: install test check bench gpu clean
 install: $(STAMP)
 $(STAMP): pyproject.toml requirements.txt constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -26,6 +26,11 @@ bench: $(STAMP)           ## measure everything on this machine, print the repor
 	$(BIN)/attnbench report $(RUN)
 	$(BIN)/attnbench site build $(RUN) --out _site
 	@echo "The page: $(CURDIR)/_site/index.html"
+
+# Nothing is installed for it: GPU machines are often closed, and come with their own torch.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+gpu:                      ## check, tune and race our kernels against others on this GPU, in under 10 minutes
+	$(GPU_PYTHON) scripts/gpu.py --out $(RUN)-gpu $(ARGS)
 
 clean:
 	rm -rf build dist _site runs .mypy_cache .ruff_cache

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 from attnbench.errors import AttnbenchError, AttnbenchWarning, UsageError
 
 if TYPE_CHECKING:
+    from attnbench.harness.analysis import attention_map
     from attnbench.harness.run import run
-    from attnbench.impls.base import Attention
+    from attnbench.impls.base import Attention, MapAttention, MaskAttention, SparseAttention
     from attnbench.impls.registry import attention, build, list_impls, spec
     from attnbench.impls.spec import Hyper, Input, Paper, Pattern, Spec
     from attnbench.results.read import load
@@ -21,12 +22,16 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "Attention": "attnbench.impls.base",
+    "MapAttention": "attnbench.impls.base",
+    "MaskAttention": "attnbench.impls.base",
+    "SparseAttention": "attnbench.impls.base",
     "Hyper": "attnbench.impls.spec",
     "Input": "attnbench.impls.spec",
     "Paper": "attnbench.impls.spec",
     "Pattern": "attnbench.impls.spec",
     "Spec": "attnbench.impls.spec",
     "attention": "attnbench.impls.registry",
+    "attention_map": "attnbench.harness.analysis",
     "build": "attnbench.impls.registry",
     "list_impls": "attnbench.impls.registry",
     "load": "attnbench.results.read",
@@ -40,12 +45,16 @@ __all__ = [
     "AttnbenchWarning",
     "Hyper",
     "Input",
+    "MapAttention",
+    "MaskAttention",
     "Paper",
     "Pattern",
+    "SparseAttention",
     "Spec",
     "UsageError",
     "__version__",
     "attention",
+    "attention_map",
     "build",
     "list_impls",
     "load",

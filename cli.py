@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from attnbench import __version__
-from attnbench.errors import AttnbenchError, UsageError
+from attnbench.errors import AttnbenchError, UsageError, unknown_name
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from attnbench.harness.config import RunConfig
+    from attnbench.results.comparison import Comparison
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -63,6 +66,9 @@ def run(
         list[str] | None,
         typer.Option("--set", help="A hyper-parameter: performer.num_features=64. Repeatable."),
     ] = None,
+    density: Annotated[
+        float, typer.Option(help="Share of the pairs that sparse mechanisms keep; 0: their own choice.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of inputs, weights and order.")] = 0,
     blocks: Annotated[int, typer.Option(help="Fresh processes that measure each case.")] = 1,
     publish: Annotated[bool, typer.Option(help="Measure three blocks, as published rows need.")] = False,
@@ -104,6 +110,7 @@ def run(
         threads=threads,
         infer=infer,
         hyper=tuple(cfg.parse_hyper(text) for text in setting or ()),
+        density=density,
         engine=engine,
     )
     if dry_run:
@@ -188,6 +195,60 @@ def check(
 
 
 @app.command()
+def estimate(
+    gpu: Annotated[str, typer.Option(help="GPU to model, by name or family: b200, rtx-5090.")] = "h100-sxm",
+    impl: Annotated[str, typer.Option(help="As for run; backends share one bound.")] = "softmax",
+    suite: Annotated[str, typer.Option(help="Named set of workloads.")] = "ops",
+    workload: Annotated[str, typer.Option(help="Workloads by name, instead of a suite.")] = "",
+    pattern: Annotated[str, typer.Option(help="NS, CS, NC, CC; comma-separated. Default: all.")] = "",
+    seqlen: Annotated[str, typer.Option(help="Lengths: 1024, 256,512 or 1024..65536 (powers of two).")] = "",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; comma-separated.")] = "",
+    direction: Annotated[str, typer.Option(help="fwd, fwd_bwd; comma-separated.")] = "fwd",
+    preset: Annotated[str, typer.Option(help="tiny, small or paper: lengths without --seqlen.")] = "small",
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A hyper-parameter: local_window.window=64. Repeatable."),
+    ] = None,
+    grid: Annotated[str, typer.Option(help="Instead: tiles of a neighborhood on this grid: 30,48,80.")] = "",
+    window: Annotated[str, typer.Option(help="Its window, for all axes or for each.")] = "",
+    stride: Annotated[str, typer.Option(help="Its stride.")] = "1",
+    dilation: Annotated[str, typer.Option(help="Its dilation.")] = "1",
+    tile: Annotated[str, typer.Option(help="Tile of the kernel, 16,8; or of queries/keys, 4,8/2,8.")] = "",
+    causal: Annotated[bool, typer.Option("--causal", help="Causal along every axis.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Model bounds for a GPU that need not be here: roofline, memory and tiles. Nothing is measured."""
+    if grid or window:
+        from attnbench.harness.estimate import neighborhoods
+
+        record = neighborhoods.simulate(grid, window, stride, dilation, tile, causal)
+        if as_json:
+            typer.echo(neighborhoods.to_json(record))
+        else:
+            _print_table(neighborhoods.to_table(record), False)
+        return
+    from attnbench.harness import config as cfg
+    from attnbench.harness.estimate import model, show
+
+    request = cfg.RunConfig(
+        impl=_list(impl),
+        suite=suite,
+        workload=_list(workload),
+        pattern=_list(pattern),
+        seqlen=cfg.parse_lengths(seqlen) if seqlen else (),
+        dtype=_list(dtype),
+        direction=_list(direction),
+        preset=preset,
+        hyper=tuple(cfg.parse_hyper(text) for text in setting or ()),
+    )
+    found = model.estimates(request, gpu)
+    if as_json:
+        typer.echo(json.dumps(show.estimate_json(found), indent=2))
+        return
+    _print_table(show.estimate_table(found), False)
+
+
+@app.command()
 def report(
     results: Results,
     out: Annotated[Path | None, typer.Option(help="Also write tables (CSV) and figures here.")] = None,
@@ -264,6 +325,95 @@ def env(as_json: Json = False) -> None:
         typer.echo(json.dumps(listing.environment_json(), indent=2))
         return
     for table in listing.environment_tables():
+        _print_table(table, False)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def compare(
+    context: typer.Context,
+    base: Annotated[str, typer.Argument(help="Recorded results, or a version: ., commit, tree, wheel.")],
+    head: Annotated[str, typer.Argument(help="The same, what is suspected of being slower.")],
+    pairs: Annotated[int, typer.Option(help="Pairs of blocks to measure.")] = 8,
+    max_pairs: Annotated[int, typer.Option(help="Pairs in all while a case is uncertain.")] = 16,
+    fail_on: Annotated[str, typer.Option(help="slower, uncertain or never: what exits with 1.")] = "slower",
+    calibration: Annotated[
+        Path | None, typer.Option(help="File of `attnbench calibrate`: thresholds from this machine's noise.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Also write the tables here, as Markdown.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare two versions or two recorded results: slower, faster, same or uncertain, case by case.
+
+    Two versions are measured here in turns; further options are those of `attnbench run`.
+    """
+    from attnbench.harness import calibrate as noise
+    from attnbench.harness import compare as turns
+    from attnbench.results import comparison
+    from attnbench.results.compare import DEFAULT
+
+    if fail_on not in comparison.FAIL_ON:
+        raise unknown_name("--fail-on", fail_on, comparison.FAIL_ON)
+    rule = noise.load(calibration).rule() if calibration else DEFAULT
+    found = turns.compare(
+        base, head, context.args, pairs=pairs, max_pairs=max_pairs, rule=rule, announce=_announcer(as_json)
+    )
+    _print_comparison(found, markdown, as_json)
+    if found.failed(fail_on):
+        raise typer.Exit(EXIT_FAILED)
+    if not any(case.decision.pairs for case in found.cases):
+        raise AttnbenchError("no case has enough pairs of times on both sides; see the reasons above")
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def calibrate(
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="File for `attnbench compare --calibration`.")],
+    pairs: Annotated[int, typer.Option(help="Pairs of blocks of the same version.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Compare this version with itself: the noise of this machine and the slow-down it can show.
+
+    Further options are those of `attnbench run`.
+    """
+    from dataclasses import asdict
+
+    from attnbench.harness import calibrate as noise
+    from attnbench.harness import compare as turns
+
+    found = turns.compare(".", ".", context.args, pairs=pairs, max_pairs=pairs, announce=_announcer(as_json))
+    measured = noise.of_comparison(found)
+    noise.save(measured, out)
+    if as_json:
+        typer.echo(json.dumps(asdict(measured), indent=2))
+        return
+    typer.echo(
+        f"{measured.cases} cases, {measured.pairs} pairs: a pair's ratio varies by {measured.sd:.2%} in "
+        f"the median case, {measured.worst_sd:.2%} in the worst; successive pairs correlate by "
+        f"{measured.autocorrelation:+.2f}; {measured.false_alarms:.1%} of the cases were called slower or "
+        f"faster; smallest slow-down that {measured.pairs} pairs find: {measured.detectable:+.1%}. "
+        f"Written to {out}"
+    )
+
+
+def _announcer(quiet: bool) -> Callable[[str], None]:
+    return (lambda text: None) if quiet else (lambda text: typer.echo(text, err=True))
+
+
+def _print_comparison(found: Comparison, markdown: Path | None, as_json: bool) -> None:
+    from attnbench.results import comparison
+    from attnbench.results.table import to_markdown
+
+    tables = comparison.tables(found)
+    if markdown is not None:
+        try:
+            markdown.write_text(to_markdown(tables), encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{markdown} cannot be written: {error.strerror}") from None
+    if as_json:
+        records = {table.title: [dict(record) for record in table.records] for table in tables}
+        typer.echo(json.dumps({"tables": records, "notes": found.notes}, indent=2, default=str))
+        return
+    for table in tables:
         _print_table(table, False)
 
 

@@ -58,7 +58,8 @@ class RunConfig:
 
     ``hyper`` holds (mechanism, hyper-parameter, value). ``shard`` is (i, n), 1-based. ``blocks`` is how often
     each case is measured, each time in a fresh process. ``threads`` 0 means the preset's, ``time_limit_s`` 0
-    the limit of :data:`TIME_LIMITS_S` for the scope.
+    the limit of :data:`TIME_LIMITS_S` for the scope. With ``density`` above 0, sparse mechanisms that have a
+    choice keep that share of the pairs, whatever the length; 0 leaves them their own hyper-parameters.
     """
 
     impl: tuple[str, ...] = ("all",)
@@ -78,6 +79,7 @@ class RunConfig:
     threads: int = 0
     infer: bool = True
     hyper: tuple[tuple[str, str, Any], ...] = ()
+    density: float = 0.0
     engine: str = "local"
 
     def to_json(self) -> dict[str, Any]:
@@ -120,6 +122,8 @@ def resolve(request: RunConfig, device: str) -> Resolved:
             f"observed {request.blocks} blocks, a time limit of {request.time_limit_s} s, {request.threads} "
             "threads; expected positive numbers (0 seconds, 0 threads: the default)"
         )
+    if not 0 <= request.density <= 1:
+        raise UsageError(f"--density {request.density}: expected a share of the pairs, above 0 and at most 1")
     hyper: dict[str, dict[str, Any]] = {}
     for mechanism, name, value in request.hyper:
         hyper.setdefault(mechanism, {})[name] = value

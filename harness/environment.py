@@ -6,6 +6,7 @@ Nothing here names a machine, a user or a path: rows are published. What cannot 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -22,8 +23,10 @@ import torch
 import attnbench
 from attnbench.harness.timing import Host
 from attnbench.harness.timing.nvml import open_nvml
+from attnbench.kernels.backends import OWN, REQUIREMENTS, Requirement
 
 ENVIRONMENT_VARIABLES: Final = (
+    "ATTNBENCH_TUNING",
     "CUBLAS_WORKSPACE_CONFIG",
     "CUDA_DEVICE_MAX_CONNECTIONS",
     "CUDA_LAUNCH_BLOCKING",
@@ -49,7 +52,7 @@ ENVIRONMENT_VARIABLES: Final = (
 
 PEERS: Final[Mapping[str, str]] = {
     "flash_attn": "flash-attn",
-    "flash_attn_3": "flash-attn-3",
+    "flash_attn_interface": "flash-attn-3",
     "xformers": "xformers",
     "fla": "flash-linear-attention",
     "natten": "natten",
@@ -58,7 +61,10 @@ PEERS: Final[Mapping[str, str]] = {
     "mamba_ssm": "mamba-ssm",
     "triton": "triton",
 }
-"""Libraries that attnbench compares with or computes by, and the names they are installed under."""
+"""Libraries that attnbench compares with or computes by, and the names they are installed under.
+
+A library that a backend needs and that is not named here is looked for under its own name.
+"""
 
 NOT_IN_KEY: Final = (
     "load_1m",
@@ -94,11 +100,25 @@ def software_key(environment: Mapping[str, Any]) -> str:
 
 
 def peers() -> dict[str, str]:
-    """Version of each library that attnbench can compare with, or why it is absent. Imports none of them."""
-    found = {"sdpa": f"torch {torch.__version__}", "flex": f"torch {torch.__version__}"}
-    for module, distribution in PEERS.items():
-        found[module] = _version(distribution) or f"absent: {distribution} is not installed"
-    return found
+    """For each backend that is not ours, the library and its version, or why it is absent. Imports none.
+
+    A backend whose library is there and whose device is not says so behind the version.
+    """
+    return {name: _peer(need) for name, need in REQUIREMENTS.items() if name not in OWN}
+
+
+def _peer(need: Requirement) -> str:
+    if need.library is None:
+        state = f"torch {torch.__version__}"
+    else:
+        distribution = PEERS.get(need.library, need.library)
+        version = _version(distribution)
+        if version is None and importlib.util.find_spec(need.library) is None:
+            return f"absent: {distribution} is not installed"
+        state = f"{distribution} {version or 'of unknown version'}"
+    if need.devices and not torch.cuda.is_available():
+        return f"{state}; needs {' or '.join(need.devices)}, which is not here"
+    return state
 
 
 def _machine(host: Host) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def environment_tables() -> list[Table]:
     return [
         _table("Environment", ("what", "value"), facts),
         _table("Backends of the operations", ("backend", "cpu", "cuda", "operations"), _backend_rows()),
-        _table("Peers", ("library", "version, or why it is absent"), peers),
+        _table("Peers", ("backend", "library and version, or why it is absent"), peers),
     ]
 
 

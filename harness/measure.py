@@ -6,6 +6,8 @@ before the long part starts, so that a time limit does not lose it.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnbench.harness import accuracy, devices, memory, timing
+from attnbench.harness import accuracy, devices, memory, peaks, selection_report, timing
 from attnbench.harness.flags import Flag
 from attnbench.harness.subject import Subject, as_reference, build
+from attnbench.harness.work import work_of
 from attnbench.impls import registry
+from attnbench.impls.base import SparseAttention
 from attnbench.impls.case import Case
 from attnbench.impls.spec import Pattern
-from attnbench.kernels import flash, recording
+from attnbench.kernels import flash, recording, tuning
 from attnbench.results.schema import Status
 
 Send = Callable[[dict[str, Any]], None]
@@ -50,16 +54,19 @@ class Measurer:
         """All columns that the worker knows of ``case``, its status and its flags included."""
         if case.scope == "task":
             return self._train(case, send)
+        peaks.measured(self._device, case.dtype)  # while the case does not hold its memory yet
         subject = build(case)
-        first_s = timing.time_once(subject.step, self._device)
+        with tuning.set_mode(tuning_mode(self._device.kind)), tuning.picked() as choices:
+            first_s = timing.time_once(subject.step, self._device)
         columns, wrong, flags = self._checks(case)
         columns |= self._work(subject)
+        columns["tuned_config"] = tuned_config(choices)
         send({"kind": "partial", "columns": columns})
         audit = self._audit(subject)
         columns |= audit.columns() if audit else {}
         if wrong:
             return {**columns, "status": Status.INCORRECT, "reason": wrong, "flags": _texts(flags)}
-        before = [x.detach().clone() for x in subject.inputs]
+        before = [x.detach().clone() for x in subject.given]
         held = (*subject.module.parameters(), *subject.module.buffers())
         used = memory.measure(
             subject.step, subject.forward, subject.inputs, case.direction, self._device, held
@@ -68,7 +75,7 @@ class Measurer:
         wrong = self._after(subject, before)
         if wrong:
             return {**columns, "status": Status.INCORRECT, "reason": wrong, "flags": _texts(flags)}
-        columns |= used.columns() | timed.columns()
+        columns |= used.columns() | timed.columns() | self._selector(subject, timed.columns()["time_us"])
         columns |= self._rates(columns, case)
         columns["flags"] = _texts(
             [*flags, *(audit.flags if audit else ()), *used.flags, *timed.flags, *self._physics(columns)]
@@ -92,6 +99,7 @@ class Measurer:
                 values, flag = self._fidelity(case, dist)
                 columns |= values
                 flags += flag
+            columns |= self._selection(case)
         return columns, wrong, flags
 
     def _gate(self, case: Case) -> tuple[dict[str, Any], str]:
@@ -100,7 +108,9 @@ class Measurer:
         if case.grid:
             short = case
         subject = build(short)
-        before = [x.detach().clone() for x in subject.inputs]
+        if subject.selects:  # a choice between nearly equal scores is rounding, what is chosen is attended to
+            subject = replace(subject, selection=subject.select())
+        before = [x.detach().clone() for x in subject.given]
         with accuracy.poisoned_allocations(), recording() as used:
             got = subject.step()
         again = subject.step()
@@ -126,6 +136,22 @@ class Measurer:
             return {}, [Flag(f"not_finite_{dist}", str(why), "finite output")]
         return {f"approx_err_{dist}": error, f"approx_cosine_{dist}": cosine}, []
 
+    def _selection(self, case: Case) -> dict[str, Any]:
+        """Density and recall of a selection, on recorded inputs: on random ones all keys are alike."""
+        short = replace(case, n=min(case.n, FIDELITY_MAX_N), m=min(case.m, FIDELITY_MAX_N))
+        subject = build(case if case.grid else short, "recorded")
+        if not subject.selects:
+            return {}
+        assert isinstance(subject.module, SparseAttention)
+        return dict(selection_report.report(subject.module, *subject.inputs, **subject.keywords()))
+
+    def _selector(self, subject: Subject, total_us: float) -> dict[str, Any]:
+        """Time of the selection alone and its share of a forward call."""
+        if not subject.selects or subject.case.direction != "fwd":
+            return {}
+        alone = timing.measure(subject.select, self._device, self._timing)
+        return dict(selection_report.selector_share(alone.columns()["time_us"], total_us))
+
     def _after(self, subject: Subject, before: Sequence[Tensor]) -> str:
         """What is wrong after timing: an input that changed, an output that is no longer finite."""
         finite = subject.step()[0].isfinite().all()
@@ -136,7 +162,7 @@ class Measurer:
     @staticmethod
     def _changed(subject: Subject, before: Sequence[Tensor]) -> str:
         """Which input differs from its copy of before; empty when none does."""
-        for index, (now, then) in enumerate(zip(subject.inputs, before, strict=True)):
+        for index, (now, then) in enumerate(zip(subject.given, before, strict=True)):
             if not torch.equal(now.detach(), then):
                 return f"input {index} was changed by the call"
         return ""
@@ -144,26 +170,18 @@ class Measurer:
     # ---- work ------------------------------------------------------------------------------------------
 
     def _work(self, subject: Subject) -> dict[str, Any]:
-        case, w, module = subject.case, subject.case.workload, subject.module
-        backward = case.direction == "fwd_bwd"
-        core = w.batch * module.flops(case.n, case.m)
-        whole = w.batch * module.layer_flops(case.n, case.m) if case.scope == "layer" else core
-        recomputes = "flash" in registry.spec(case.mechanism).ops_for(case.pattern)
-        flops = _with_backward(core, recomputes, backward) + _with_backward(whole - core, False, backward)
-        pairs = _dense_pairs(case)
-        dense = _with_backward(4 * w.batch * w.heads * pairs * w.head_dim, True, backward)
-        size = sum(x.numel() * x.element_size() for x in subject.inputs)
-        out = subject.inputs[0].numel() * subject.inputs[0].element_size()
-        moved = (2 * size + 2 * out) if backward else size + out
-        itemsize = subject.inputs[0].element_size()
+        case = subject.case
+        work = work_of(case, subject.module, sum(x.nbytes for x in subject.given))
+        bound = devices.roofline_us(work.flops, work.moved_bytes, _arithmetic(case.dtype), case.device)
         return {
-            "flops": flops,
-            "flops_dense": dense,
+            "flops": work.flops,
+            "flops_dense": work.flops_dense,
             "flops_counted": _counted(subject),
-            "bytes_min": moved,
-            "roofline_us": devices.roofline_us(flops, moved, _arithmetic(case.dtype), case.device),
-            "mem_formula_bytes": w.batch * module.extra_bytes(case.n, case.m, itemsize),
+            "bytes_min": work.moved_bytes,
+            "roofline_us": bound,
+            "mem_formula_bytes": work.extra_bytes,
             "input_dist": "gaussian",
+            **peaks.measured(self._device, case.dtype).columns(work.flops, work.moved_bytes),
         }
 
     @staticmethod
@@ -175,6 +193,7 @@ class Measurer:
             "tflops_effective": columns["flops_dense"] / seconds * 1e-12,
             "gbps_min": columns["bytes_min"] / seconds * 1e-9,
             "roofline_pct": None if bound is None else 100.0 * bound / columns["time_us"],
+            "roofline_measured_pct": 100.0 * columns["roofline_measured_us"] / columns["time_us"],
         }
 
     @staticmethod
@@ -212,6 +231,23 @@ class Measurer:
         return {**columns, "status": Status.OK}
 
 
+def tuning_mode(kind: str) -> tuning.Mode:
+    """How kernels are configured in a first call: tuned on a GPU, unless the user's environment says else."""
+    return "tune" if kind == "cuda" and tuning.VARIABLE not in os.environ else tuning.mode()
+
+
+def tuned_config(choices: Sequence[tuning.Picked]) -> str | None:
+    """What was picked, as JSON: ``op/kernel`` → its distinct configurations. None when nothing was."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for choice in choices:
+        plain = choice.plain()
+        entry = {"config": plain["config"], "source": plain["source"]}
+        entries = found.setdefault(f"{choice.op}/{choice.kernel}", [])
+        if entry not in entries:
+            entries.append(entry)
+    return json.dumps(found, sort_keys=True) if found else None
+
+
 def _arithmetic(dtype: str) -> str:
     """The arithmetic that bounds a dtype here: fp32 products are TF32 ones where torch is set so."""
     if dtype == "float32" and torch.backends.cuda.matmul.allow_tf32:
@@ -219,27 +255,17 @@ def _arithmetic(dtype: str) -> str:
     return dtype
 
 
-def _with_backward(forward: int, recomputes: bool, backward: bool) -> int:
-    """Forward FLOPs, and with a backward 2 more times them, or 2.5 where it recomputes the scores."""
-    if not backward:
-        return forward
-    return forward * 7 // 2 if recomputes else forward * 3
-
-
-def _dense_pairs(case: Case) -> int:
-    """(query, key) pairs that softmax attention visits per head; causal is aligned at the last token."""
-    n, m = case.n, case.m
-    if case.pattern != "CS":
-        return n * m
-    return n * m - n * (n - 1) // 2 if m >= n else m * (m + 1) // 2
-
-
 def _counted(subject: Subject) -> int | None:
     """FLOPs that torch's counter sees in a forward; None when it sees none (fused attention on a CPU)."""
     if subject.case.backend in UNCOUNTABLE:
         return None
     counter = FlopCounterMode(display=False)
-    frozen = replace(subject, inputs=tuple(x.detach() for x in subject.inputs), upstream=None)
+    frozen = replace(
+        subject,
+        inputs=tuple(x.detach() for x in subject.inputs),
+        extras={name: x.detach() for name, x in subject.extras.items()},
+        upstream=None,
+    )
     with counter:  # its hooks on modules do not understand autograd.grad
         frozen.step()
     return counter.get_total_flops() or None

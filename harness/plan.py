@@ -9,13 +9,14 @@ import hashlib
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import cast
+from typing import Any, cast
 
 from attnbench.errors import UsageError
 from attnbench.harness.config import Resolved
 from attnbench.harness.select import Selected, backends_of, patterns_of, select
 from attnbench.impls import registry
 from attnbench.impls.case import Case, Direction, Scope, Workload, fold
+from attnbench.impls.spec import Pattern
 from attnbench.tasks import controls, workloads
 from attnbench.tasks import registry as tasks
 
@@ -72,7 +73,7 @@ def _op_cases(resolved: Resolved, selected: Sequence[Selected]) -> Iterator[Case
     entries = _entries(resolved)
     for choice in selected:
         kind = registry.mechanism(choice.mechanism)
-        scope: Scope = "op" if kind.spec.kind in ("core", "mask") else "layer"
+        scope: Scope = "op" if kind.spec.on_tensors else "layer"
         for pattern in patterns_of(choice, resolved.patterns):
             for backend in backends_of(choice, pattern, resolved.device):
                 for entry in entries:
@@ -110,10 +111,21 @@ def _lengths(resolved: Resolved, base: Case, entry: workloads.WorkloadEntry) -> 
                     base,
                     n=n,
                     m=m,
+                    hyper=_at_density(resolved, base, n, m),
                     dtype=dtype,
                     direction=cast(Direction, direction),
                     grid=fold(n, entry.workload.grid_rank, registry.spec(base.mechanism).grid_ranks),
                 )
+
+
+def _at_density(resolved: Resolved, base: Case, n: int, m: int) -> tuple[tuple[str, Any], ...]:
+    """Hyper-parameters of a case: those of the requested density, overridden by those that were named."""
+    density = resolved.request.density
+    if not density:
+        return base.hyper
+    kind = registry.mechanism(base.mechanism)
+    chosen = kind.at_density(density, n, m, Pattern(base.pattern)) or {}
+    return tuple(sorted({**chosen, **dict(base.hyper)}.items()))
 
 
 def _sizes(workload: Workload, length: int, pattern: str) -> tuple[int, int]:

@@ -40,6 +40,11 @@ class Answer:
     out_of_memory: bool = False
 
 
+def without_paths(text: str) -> str:
+    """The last 4 KiB of a log, without the paths of this machine: rows are published."""
+    return text.replace(str(PACKAGE), "attnbench").replace(str(Path.home()), "~")[-LOG_TAIL_BYTES:]
+
+
 class WorkerProcess:
     """One fresh process running :mod:`attnbench.harness.worker`."""
 
@@ -76,8 +81,7 @@ class WorkerProcess:
 
     def log_tail(self) -> str:
         """The last 4 KiB that the worker printed, without the paths of this machine."""
-        text = self._tail.decode("utf-8", "replace")
-        return text.replace(str(PACKAGE), "attnbench").replace(str(Path.home()), "~")[-LOG_TAIL_BYTES:]
+        return without_paths(self._tail.decode("utf-8", "replace"))
 
     def wait_ready(self) -> Answer:
         """Wait for the worker's first message: its environment. Its imports happen here, not in a case."""

@@ -294,6 +294,7 @@ class _Driver:
             "kv_heads": case.workload.kv_heads,
             "head_dim": case.workload.head_dim,
             "grid": list(case.grid),
+            "geometry": case.geometry or None,
             "n": case.n,
             "m": case.m,
             "dtype": case.dtype,

@@ -42,8 +42,8 @@ def backends_of(selected: Selected, pattern: str, device: str) -> tuple[str, ...
     """Backends to plan under ``pattern``; none when the mechanism has not the one that was named there."""
     kind = registry.mechanism(selected.mechanism)
     have = kind.backends(pattern)
-    if selected.backend == EVERY:
-        return have
+    if selected.backend == EVERY:  # the reference is the definition and races with nobody unless it is named
+        return tuple(name for name in have if name != "reference")
     if selected.backend != BEST:
         return (selected.backend,) if selected.backend in have else ()
     order = ("torch", "reference") if device == "cpu" else ("triton", "torch", "reference")

@@ -1,13 +1,15 @@
 """The base class of every mechanism: what a mechanism is given, what it must answer.
 
 A ``core`` mechanism overrides :meth:`Attention.attend`, a ``mask`` mechanism names its options of
-:func:`attnbench.kernels.flash`, a ``mixer`` overrides :meth:`Attention.forward`.
+:func:`attnbench.kernels.flash`, a ``mixer`` overrides :meth:`Attention.forward`, a ``map`` transforms the
+weights of softmax attention. A sparse ``core`` may instead say what it selects and how that is consumed.
 """
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -71,7 +73,7 @@ class Attention(nn.Module):
         except ValueError as error:
             raise UsageError(str(error)) from None
         self.bias = bias
-        self.projections = projections and self.spec.kind in ("core", "mask")
+        self.projections = projections and self.spec.on_tensors
         if self.projections:
             kv_dim = self.num_kv_heads * self.head_dim
             self.q_proj = nn.Linear(embed_dim, embed_dim, bias=bias)
@@ -97,7 +99,8 @@ class Attention(nn.Module):
         """Attend from x (B, N, C) to itself or, in a cross pattern, to ``context`` (B, M, C).
 
         ``key_padding_mask`` (B, M) is True where a key is padding. ``inputs`` are the mechanism's
-        ``spec.inputs``. Returns (B, N, C). Raises UsageError when the context is missing or superfluous.
+        ``spec.inputs``, and ``grid_kv`` where ``spec.grid_kv``; all reach ``attend`` as keywords.
+        Returns (B, N, C). Raises UsageError when the context is missing or superfluous.
         """
         source = self.source(x, context)
         q = self.split(self.q_proj(x), self.num_heads)
@@ -118,7 +121,7 @@ class Attention(nn.Module):
     ) -> Tensor:
         """The operation without projections: q (B, H, N, D), k (B, H, M, D), v (B, H, M, Dv) → (B, H, N, Dv).
 
-        With ``spec.grouped_kv`` k and v may have Hkv < H heads. Defined for core and mask kinds only.
+        With ``spec.grouped_kv`` k and v may have Hkv < H heads. A mixer has none.
         """
         raise UsageError(f"{self.spec.id} is a {self.spec.kind}: it has no attend(q, k, v), call forward(x)")
 
@@ -179,10 +182,18 @@ class Attention(nn.Module):
             )
         if case.backend not in cls.backends(case.pattern):
             return Support(False, f"{spec.id} has no backend {case.backend} under {case.pattern}")
-        if case.scope == "op" and spec.kind not in ("core", "mask"):
+        if case.scope == "op" and not spec.on_tensors:
             return Support(
                 False, f"{spec.id} is a {spec.kind}: it is measured as a layer, not as an operation"
             )
+        if Pattern(case.pattern).cross and spec.lengths == "aligned" and case.n != case.m:
+            return Support(
+                False,
+                f"{spec.id} under {case.pattern} is aligned: token n of x lies on token n of the context; "
+                f"observed N = {case.n}, M = {case.m}, expected N = M",
+            )
+        if case.direction == "fwd_bwd" and spec.forward_only:
+            return Support(False, f"{spec.id} has no backward: {spec.forward_only}")
         device = "cpu" if case.device == "cpu" else "cuda"
         return available(case.backend, device, getattr(torch, case.dtype))
 
@@ -191,8 +202,20 @@ class Attention(nn.Module):
         """Hyper-parameters that a fixed length determines (a table size); none for most mechanisms."""
         return {}
 
+    @classmethod
+    def at_density(cls, density: float, n: int, m: int, pattern: Pattern) -> Mapping[str, Any] | None:
+        """Hyper-parameters with which about the share ``density`` of the visible pairs is kept.
+
+        None for a mechanism without such a choice: it keeps all, or what its scores decide.
+        """
+        return None
+
     def flops(self, n: int, m: int) -> int:
-        """Forward FLOPs of ``attend`` (mixers: of ``forward``) for one batch element, a multiply-add as 2."""
+        """Forward FLOPs of ``attend`` (mixers: of ``forward``) for one batch element, a multiply-add as 2.
+
+        Where the sides of the grid count, this and the formulas below take ``grid`` (and ``grid_kv``) as
+        keywords with default None; :meth:`cost` passes them to those that do.
+        """
         raise UsageError(f"{self.spec.id} does not state its FLOPs: override flops(n, m)")
 
     def counted_flops(self, n: int, m: int) -> int:
@@ -205,10 +228,25 @@ class Attention(nn.Module):
 
     def layer_flops(self, n: int, m: int) -> int:
         """Forward FLOPs of ``forward`` for one batch element: :meth:`flops` and the projections."""
-        if self.spec.kind not in ("core", "mask"):
-            return self.flops(n, m)
+        return self.flops(n, m) + self._projection_flops(n, m)
+
+    def _projection_flops(self, n: int, m: int) -> int:
+        if not self.spec.on_tensors:
+            return 0
         c, kv = self.embed_dim, self.num_kv_heads * self.head_dim
-        return self.flops(n, m) + 2 * (2 * n * c * c + 2 * m * c * kv)
+        return 2 * (2 * n * c * c + 2 * m * c * kv)
+
+    def cost(self, what: str, *sizes: int, grid: Grid = None, grid_kv: Grid = None) -> int:
+        """``flops``, ``counted_flops``, ``layer_flops`` or ``extra_bytes`` at ``sizes`` on a grid."""
+        own = getattr(type(self), what)
+        if own is Attention.counted_flops:
+            return self.cost("flops", *sizes, grid=grid, grid_kv=grid_kv)
+        if own is Attention.layer_flops:
+            return self.cost("flops", *sizes, grid=grid, grid_kv=grid_kv) + self._projection_flops(*sizes)
+        grids = {"grid": grid, "grid_kv": grid_kv}
+        taken = inspect.signature(own).parameters
+        value: int = own(self, *sizes, **{name: value for name, value in grids.items() if name in taken})
+        return value
 
     def extra_bytes(self, n: int, m: int, itemsize: int) -> int:
         """Memory that one batch element needs beyond inputs, output and parameters, by the cost formula."""
@@ -247,14 +285,21 @@ class Attention(nn.Module):
 
 
 class MaskAttention(Attention):
-    """Softmax attention over a subset of the keys, given as options of :func:`attnbench.kernels.flash`."""
+    """Softmax attention over a subset of the keys, given as options of :func:`attnbench.kernels.flash`.
+
+    ``mask_options`` and ``visible`` are called with ``grid`` and the mechanism's inputs as keywords where
+    there are any: a mechanism on a plain sequence without inputs takes (n, m, device) alone.
+    """
 
     def mask_options(self, n: int, m: int, device: torch.device) -> Mapping[str, Any]:
         """Options of ``flash`` that describe which keys each query sees (causal, window, q_pos, ...)."""
         raise UsageError(f"{self.spec.id} does not state its mask: override mask_options(n, m, device)")
 
     def visible(self, n: int, m: int, device: torch.device) -> Tensor:
-        """The mask itself, bool (N, M), True where key j is visible to query i. For tests and counting."""
+        """The mask, bool, broadcastable to (B, H, N, M), True where key j is visible to query i.
+
+        For tests and counting; (N, M) where it depends on positions only.
+        """
         raise UsageError(f"{self.spec.id} does not state its mask: override visible(n, m, device)")
 
     def attend(
@@ -268,7 +313,9 @@ class MaskAttention(Attention):
         **inputs: Any,
     ) -> Tensor:
         """Softmax attention over the visible keys; a row without one is 0."""
-        options = self.mask_options(q.shape[2], k.shape[2], q.device)
+        at = {**({} if grid is None else {"grid": grid}), **inputs}
+        options_of: Callable[..., Mapping[str, Any]] = self.mask_options
+        options = options_of(q.shape[2], k.shape[2], q.device, **at)
         o, _ = flash(
             q,
             k,
@@ -287,25 +334,150 @@ class MaskAttention(Attention):
         return 1.0 / math.sqrt(self.head_dim)
 
     def pairs(self, n: int, m: int) -> int:
-        """Number of visible (query, key) pairs per head, exactly."""
+        """Number of visible (query, key) pairs per head, exactly; takes ``grid`` where ``visible`` does."""
         return int(self.visible(n, m, torch.device("cpu")).sum())
 
-    def flops(self, n: int, m: int) -> int:
+    def flops(self, n: int, m: int, *, grid: Grid = None) -> int:
         """2·D for the score and 2·D for the value of every visible pair of every head."""
-        return 4 * self.num_heads * self.pairs(n, m) * self.head_dim
+        if type(self).pairs is MaskAttention.pairs and grid is not None:
+            see: Callable[..., Tensor] = self.visible
+            visible = int(see(n, m, torch.device("cpu"), grid=grid).sum())
+        else:
+            visible = self.cost("pairs", n, m, grid=grid)
+        return 4 * self.num_heads * visible * self.head_dim
 
     def counted_flops(self, n: int, m: int) -> int:
         """The reference computes every pair and masks."""
         return 4 * self.num_heads * n * m * self.head_dim
 
 
+class SparseAttention(Attention):
+    """Attention that first decides which pairs to attend to, then attends to those.
+
+    Override :meth:`select` and :meth:`consume`. The two are timed apart, and a frozen selection tells whether
+    a mechanism is causal once it is given. Neither may wait for the device.
+    """
+
+    def select(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        grid: Grid = None,
+        key_padding_mask: Tensor | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """What is attended to: a :class:`attnbench.kernels.selection.Selection`, or any value like it.
+
+        It must have ``to_dense_mask()``, bool (B or 1, Hs, N, M) with Hs dividing H, True for a pair that is
+        kept, before padding and causality; ``density(causal)`` where the dense mask would be too large.
+        Constants for autograd: select under ``torch.no_grad()`` or detach.
+        """
+        raise UsageError(f"{self.spec.id} does not state its selection: override select(q, k)")
+
+    def consume(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        selection: Any,
+        *,
+        grid: Grid = None,
+        key_padding_mask: Tensor | None = None,
+        **inputs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend to the selected pairs: o (B, H, N, Dv) and its natural log-sum-exp (B, H, N), or None.
+
+        With ``spec.selection == "softmax"`` the log-sum-exp is that of the scores q·k/√D that are kept.
+        """
+        raise UsageError(f"{self.spec.id} does not consume its selection: override consume(q, k, v, s)")
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: Grid = None,
+        key_padding_mask: Tensor | None = None,
+        selection: Any = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Select, then attend to what is selected; a given ``selection`` replaces the first step."""
+        common = {"grid": grid, "key_padding_mask": key_padding_mask, **inputs}
+        chosen = self.select(q, k, **common) if selection is None else selection
+        o, _ = self.consume(q, k, v, chosen, **common)
+        return o
+
+
+class MapAttention(Attention):
+    """Softmax attention whose weights are transformed before they meet the values, mostly at inference.
+
+    Override :meth:`transform`, which is the definition. A form that needs no (N, M) map overrides ``attend``
+    as well; the contract kit compares the two.
+    """
+
+    def transform(
+        self,
+        weights: Tensor,
+        *,
+        grid: Grid = None,
+        key_padding_mask: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """Softmax weights (B, H, N, M) to the weights that are applied, of the same shape."""
+        raise UsageError(f"{self.spec.id} does not state its transformation: override transform(weights)")
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        grid: Grid = None,
+        key_padding_mask: Tensor | None = None,
+        **inputs: Any,
+    ) -> Tensor:
+        """transform(softmax(q kᵀ/√D)) v, with the map in memory: 4·B·H·N·M bytes in fp32."""
+        weights = softmax_map(q, k, causal=self.pattern is Pattern.CS, key_padding_mask=key_padding_mask)
+        applied = self.transform(weights, grid=grid, key_padding_mask=key_padding_mask, **inputs)
+        return (applied.to(v.dtype) @ v).to(q.dtype)
+
+    def flops(self, n: int, m: int) -> int:
+        """2·D for the score and 2·D for the value of every pair of every head."""
+        return 4 * self.num_heads * n * m * self.head_dim
+
+
+def softmax_map(
+    q: Tensor, k: Tensor, *, causal: bool = False, key_padding_mask: Tensor | None = None
+) -> Tensor:
+    """The map of softmax attention, (B, H, N, M), in fp32 (fp64 for fp64 inputs); a row without a key is 0.
+
+    q (B, H, N, D), k (B, H, M, D); causal: j ≤ i + M − N; ``key_padding_mask`` (B, M), True = padding.
+    """
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = q.to(wide) @ k.to(wide).transpose(-1, -2) / math.sqrt(q.shape[-1])
+    n, m = scores.shape[-2:]
+    if causal:
+        scores = scores.masked_fill(
+            torch.ones(n, m, dtype=torch.bool, device=q.device).triu(m - n + 1), -torch.inf
+        )
+    if key_padding_mask is not None:
+        scores = scores.masked_fill(key_padding_mask[:, None, None, :], -torch.inf)
+    empty = (scores == -torch.inf).all(-1, keepdim=True)
+    return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
+
+
 __all__ = [
     "Attention",
     "Case",
     "Grid",
+    "MapAttention",
     "MaskAttention",
     "Pattern",
+    "SparseAttention",
     "Spec",
     "Support",
     "UnsupportedPattern",
+    "softmax_map",
 ]

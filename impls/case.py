@@ -69,6 +69,18 @@ class Case:
         """The impl as users spell it: ``mechanism/backend``."""
         return f"{self.mechanism}/{self.backend}"
 
+    @property
+    def geometry(self) -> Literal["", "native", "folded"]:
+        """Whether the grid is the workload's own or a sequence folded into one; empty without a grid."""
+        if not self.grid:
+            return ""
+        return "native" if len(self.grid) == self.workload.grid_rank else "folded"
+
+    @property
+    def grid_kv(self) -> tuple[int, ...]:
+        """The grid of the keys, for mechanisms whose keys have one of their own: M folded like N."""
+        return fold(self.m, len(self.grid), (len(self.grid),)) if self.grid else ()
+
     def key(self) -> str:
         """A stable 16-digit hexadecimal key: equal for equal cases in any process and version of Python."""
         values = asdict(self)
@@ -108,11 +120,13 @@ class Case:
 
 
 def fold(n: int, rank: int, ranks: tuple[int, ...]) -> tuple[int, ...]:
-    """The grid that ``n`` tokens are folded into for a mechanism that needs one; () for a 1-D mechanism.
+    """The grid that ``n`` tokens are folded into for a mechanism with grids of ``ranks``; () for a sequence.
 
-    The most even factorisation: for rank 2 and 3 the sides are as near to each other as divisors allow.
+    Tokens on a grid of ``rank`` keep it where the mechanism has that rank; others are a sequence to it where
+    it has rank 1, and are folded where it has not. The most even factorisation: the sides are as near to
+    each other as divisors allow.
     """
-    if 1 in ranks:
+    if 1 in ranks and (rank == 1 or rank not in ranks):
         return ()
     wanted = rank if rank in ranks else min(ranks)
     sides: list[int] = []

@@ -111,16 +111,32 @@ def attention(
     pattern: Pattern | str = Pattern.NS,
     backend: str = "auto",
     grid: tuple[int, ...] | None = None,
-    **hyper: Any,
+    **options: Any,
 ) -> Tensor:
-    """One call of a core or mask mechanism: q (B, H, N, D), k and v (B, Hkv, M, ·) → (B, H, N, Dv).
+    """One call of a mechanism on tensors: q (B, H, N, D), k and v (B, Hkv, M, ·) → (B, H, N, Dv).
 
-    Mechanisms with parameters of their own are built with a fresh initialisation each time: use
-    :func:`build` to keep them. Raises UsageError for a mixer, which has no operation on q, k and v.
+    ``options`` are hyper-parameters and the inputs that the mechanism declares in ``Spec.inputs`` (and
+    ``key_padding_mask``, ``grid_kv``). Mechanisms with parameters of their own are built with a fresh
+    initialisation each time: use :func:`build` to keep them. Raises UsageError for a mixer, which has no
+    operation on q, k and v, and for a declared input that is missing.
     """
+    module, inputs = operation(q, k, v, impl, pattern, backend, **options)
+    return module.attend(q, *module.grouped(k, v), grid=grid, **inputs)
+
+
+def operation(
+    q: Tensor, k: Tensor, v: Tensor, impl: str, pattern: Pattern | str, backend: str, **options: Any
+) -> tuple[Attention, dict[str, Any]]:
+    """The module behind one call on q, k, v, and what of ``options`` its ``attend`` takes as keywords."""
     kind = mechanism(impl)
+    declared = kind.spec.served_inputs("op")
+    takes = {*(x.name for x in declared), "key_padding_mask", "grid_kv"}
+    inputs = {name: value for name, value in options.items() if name in takes}
+    hyper = {name: value for name, value in options.items() if name not in takes}
+    missing = [f"{x.name} {x.shape}: {x.meaning}" for x in declared if x.name not in inputs]
+    if missing:
+        raise UsageError(f"{kind.spec.id} takes more than q, k, v: observed no {'; no '.join(missing)}")
     heads, head_dim = q.shape[1], q.shape[-1]
-    options = {**kind.for_length(q.shape[2], k.shape[2]), **hyper}
     module = kind(
         heads * head_dim,
         heads,
@@ -128,9 +144,9 @@ def attention(
         backend=backend,
         num_kv_heads=k.shape[1],
         projections=False,
-        **options,
-    ).to(q.device, q.dtype)
-    return module.attend(q, *module.grouped(k, v), grid=grid)
+        **{**kind.for_length(q.shape[2], k.shape[2]), **hyper},
+    )
+    return module.to(q.device, q.dtype), inputs
 
 
 @cache

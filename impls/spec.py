@@ -5,7 +5,7 @@ Tests, the command line, the docs and the site read it; nothing is said twice. I
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Literal
@@ -63,18 +63,53 @@ class Hyper:
 
 @dataclass(frozen=True)
 class Input:
-    """An input beyond x and one context. ``synthetic`` names the generator that the harness feeds."""
+    """An input beyond x and one context: a second context, weights, labels, a mask, a state.
+
+    ``shape`` names the dimensions: ``"(B, M)"`` is a value per key, ``"(B, N, M)"`` one per pair. The letters
+    are B, N (query tokens), M (key tokens), P (tokens of a second context), C, H, Hkv, D, or whole numbers.
+    The axis N goes with the queries and M with the keys wherever those are cut, permuted, padded or changed.
+
+    ``synthetic`` names a generator of :mod:`attnbench.impls.synthetic`, or is a function of the same form.
+    ``differentiable`` says whether the input gets a gradient (floating point only). ``scope`` says which call
+    takes it: ``op`` (attend), ``layer`` (forward) or ``both``.
+    """
 
     name: str
     meaning: str
     shape: str
-    synthetic: str
+    synthetic: str | Callable[..., Any]
+    differentiable: bool = False
+    scope: Literal["both", "op", "layer"] = "both"
+
+    def __post_init__(self) -> None:
+        unknown = [d for d in self.dims if d not in DIMENSIONS and not d.isdecimal()]
+        if unknown or not self.shape.startswith("(") or not self.shape.endswith(")"):
+            raise ValueError(
+                f"input {self.name}: observed shape {self.shape!r}, "
+                f"expected dimensions out of {', '.join(DIMENSIONS)} and whole numbers, like '(B, M)'"
+            )
+
+    @property
+    def dims(self) -> tuple[str, ...]:
+        """Names of the dimensions of ``shape``, in order."""
+        return tuple(d.strip() for d in self.shape.strip("()").split(",") if d.strip())
+
+    def axis(self, dim: str) -> int | None:
+        """Position of the dimension ``dim``, None when the input has none."""
+        return self.dims.index(dim) if dim in self.dims else None
+
+    def served_to(self, scope: str) -> bool:
+        """Whether the call of ``scope`` (``op`` or ``layer``) takes this input."""
+        return self.scope in ("both", scope)
 
 
+DIMENSIONS = ("B", "N", "M", "P", "C", "H", "Hkv", "D")
 Family = Literal["dense", "linear", "sparse", "vision", "cross", "user", "control"]
 Kind = Literal["core", "mask", "mixer", "map"]
 RowSum = Literal["one", "at_most_one", "free"]
 Causality = Literal["strict", "selection_leaky"]
+Lengths = Literal["free", "aligned"]
+SelectionKind = Literal["", "softmax", "other"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +126,13 @@ class Spec:
     ``linear_in_v`` — the output is linear in v for fixed q and k.
     ``square_heads`` — why Dv must equal D; empty where it need not, which is tested.
     ``padding`` — why a padded key is not as one that is not there; empty where it is, which is tested.
+    ``grid_ranks`` — ranks of the grids that the tokens may lie on; 1 is a plain sequence. A mechanism without
+    1 is given a folded grid on a plain length.
+    ``lengths`` — ``aligned``: in a cross pattern token n of x lies on token n of the context, so M = N.
+    ``grid_kv`` — in a cross pattern the keys lie on a grid of their own, given as ``grid_kv``.
+    ``selection`` — what is attended to the pairs that ``select`` keeps: ``softmax`` attention with scores
+    q·k/√D, as tested against the dense mask, ``other``, or nothing is selected (empty).
+    ``forward_only`` — why there is no backward pass; empty where there is one, which is tested.
     ``flops_backend`` — the backend whose counted FLOPs equal ``flops()``; when empty, ``flops_note`` says why
     no backend counts what the formula does.
     """
@@ -115,6 +157,9 @@ class Spec:
     padding: str = ""
     square_heads: str = ""
     grid_ranks: tuple[int, ...] = (1,)
+    lengths: Lengths = "free"
+    grid_kv: bool = False
+    selection: SelectionKind = ""
     grouped_kv: bool = False
     ops: tuple[str, ...] | Mapping[Pattern, tuple[str, ...]] = ()
     hot_loop: str = ""
@@ -122,6 +167,7 @@ class Spec:
     hyper: tuple[Hyper, ...] = ()
     inputs: tuple[Input, ...] = ()
     deviations: tuple[str, ...] = ()
+    forward_only: str = ""
     flops_backend: str = "reference"
     flops_note: str = ""
     test_hyper: Mapping[str, Any] = field(default_factory=dict)
@@ -132,9 +178,23 @@ class Spec:
             raise ValueError(f"spec {self.id}: observed no pattern, expected at least one of NS, CS, NC, CC")
         if not self.flops_backend and not self.flops_note:
             raise ValueError(f"spec {self.id}: no flops_backend, so flops_note must say why")
-        names = [h.name for h in self.hyper]
+        names = [*(h.name for h in self.hyper), *(x.name for x in self.inputs)]
         if len(names) != len(set(names)):
-            raise ValueError(f"spec {self.id}: a hyper-parameter is declared twice in {names}")
+            raise ValueError(f"spec {self.id}: a hyper-parameter or an input is declared twice in {names}")
+
+    @property
+    def on_tensors(self) -> bool:
+        """Whether the mechanism is an operation on q, k, v as well; a mixer is a layer only."""
+        return self.kind != "mixer"
+
+    @property
+    def on_grid(self) -> bool:
+        """Whether the mechanism reads a grid at all."""
+        return self.grid_ranks != (1,)
+
+    def served_inputs(self, scope: str) -> tuple[Input, ...]:
+        """The inputs that the call of ``scope`` (``op`` or ``layer``) takes."""
+        return tuple(x for x in self.inputs if x.served_to(scope))
 
     def ops_for(self, pattern: Pattern | str) -> tuple[str, ...]:
         """Operations on the hot path under ``pattern``."""

@@ -23,7 +23,23 @@ import torch
 
 from attnbench.kernels.backends import Unsupported, interpreting
 
-OPS = ("block_mass", "block_sparse", "flash", "kv_reduce", "linrec")
+OPS = (
+    "block_mass",
+    "block_sparse",
+    "buckets",
+    "few_query",
+    "flash",
+    "flash_int8",
+    "gather",
+    "kv_reduce",
+    "linrec",
+    "neighborhood",
+    "query_softmax",
+    "selective_scan",
+    "tensor3",
+    "token_blocks",
+    "window",
+)
 """Operations with Triton kernels: ``attnbench.kernels.<op>.triton`` has ``aot_cases(capability)``."""
 
 CAPABILITIES = (80, 90, 100)

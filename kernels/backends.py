@@ -57,6 +57,15 @@ REQUIREMENTS: Mapping[str, Requirement] = {
     "sdpa_efficient": Requirement(devices=("cuda",)),
     "sdpa_cudnn": Requirement(devices=("cuda",)),
     "flex": Requirement(),
+    "flash_attn": Requirement(devices=("cuda",), library="flash_attn"),
+    "flash_attn3": Requirement(devices=("cuda",), library="flash_attn_interface"),
+    "flash_attn4": Requirement(devices=("cuda",), library="flash_attn"),
+    "xformers": Requirement(devices=("cuda",), library="xformers"),
+    "flashinfer": Requirement(devices=("cuda",), library="flashinfer"),
+    "sage": Requirement(devices=("cuda",), library="sageattention"),
+    "natten": Requirement(library="natten"),
+    "fla": Requirement(devices=("cuda",), library="fla"),
+    "mamba_ssm": Requirement(devices=("cuda",), library="mamba_ssm"),
 }
 """Every backend by name. Order is the order of tables; ours first, then peers."""
 

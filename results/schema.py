@@ -12,9 +12,9 @@ from typing import Any, Final
 import pyarrow as pa
 
 SCHEMA_VERSION: Final = 2
-"""Raised when a column comes, goes or changes its meaning; :mod:`attnbench.results.migrate` lifts older files.
+"""Raised when a column comes, goes or changes its meaning; :mod:`attnbench.results.migrate` lifts older ones.
 
-2: measured peaks and the bound that they give.
+2: measured peaks and the bound that they give; geometry; what a sparse mechanism selects.
 """
 
 MEASUREMENT_VERSION: Final = 1
@@ -44,7 +44,7 @@ STATUS_MEANING: Final[dict[Status, str]] = {
     Status.COMPILE_ERROR: "a kernel did not compile",
     Status.ERROR: "the impl raised an exception",
     Status.CRASHED: "the worker process died",
-    Status.SKIPPED: "not run because a shorter length of the same series ran out of memory or time",
+    Status.SKIPPED: "not run: a shorter length of its series, or the run, was out of memory or time",
 }
 
 
@@ -98,6 +98,12 @@ def _columns() -> tuple[Column, ...]:
         c("kv_heads", _INT, "case", "Key and value heads Hkv."),
         c("head_dim", _INT, "case", "Head dimension D."),
         c("grid", pa.list_(pa.int64()), "case", "Grid the length was folded into; empty on a 1-D sequence."),
+        c(
+            "geometry",
+            _STR,
+            "case",
+            "`native` on the workload's own grid, `folded` on a folded length.",
+        ),
         c("n", _INT, "case", "Queries N.", "tokens", required=True),
         c("m", _INT, "case", "Keys M.", "tokens"),
         c("dtype", _STR, "case", "Element type of inputs and output.", required=True),
@@ -322,6 +328,21 @@ def _columns() -> tuple[Column, ...]:
         c("approx_cosine_gaussian", _F64, "error", "Cosine with exact softmax attention, gaussian inputs."),
         c("approx_cosine_structured", _F64, "error", "The same on structured inputs."),
         c("approx_cosine_recorded", _F64, "error", "The same on recorded inputs."),
+        # ---- what a sparse mechanism selects, on recorded inputs
+        c("density", _F64, "selection", "Pairs kept over pairs that the pattern allows."),
+        c("block_density", _F64, "selection", "Blocks kept over blocks with an allowed pair."),
+        c("executed_density", _F64, "selection", "Pairs in 64×64 tiles computed over pairs allowed."),
+        c(
+            "recall_mean",
+            _F64,
+            "selection",
+            "Mass of softmax attention on the kept keys, mean over rows.",
+        ),
+        c("recall_p5", _F64, "selection", "What 95 % of the rows reach."),
+        c("recall_p1", _F64, "selection", "What 99 % of the rows reach."),
+        c("recall_min", _F64, "selection", "The least of any row."),
+        c("selector_us", _F64, "selection", "Time of the selection alone, forward.", "µs", True),
+        c("selector_share", _F64, "selection", "That over the time of the whole call.", "", True),
         # ---- what ran
         c("ops_used", _STRS, "provenance", "Operations and the backend that computed each, as `op/backend`."),
         c("kernels", _STRS, "provenance", "Names of the kernels launched by one call."),
@@ -330,7 +351,7 @@ def _columns() -> tuple[Column, ...]:
             "tuned_config",
             _STR,
             "provenance",
-            "Configurations chosen for our kernels and whether each is the default, cached or tuned, as JSON.",
+            "Configurations picked for our kernels, each `default`, `cache` or `tuned`, as JSON.",
         ),
         # ---- tasks
         c("task", _STR, "task", "Task that was trained and evaluated."),
@@ -382,6 +403,7 @@ GROUPS: Final[dict[str, str]] = {
     "work": "Work and bounds",
     "error": "Correctness and fidelity",
     "task": "Tasks",
+    "selection": "What a sparse mechanism selects",
     "provenance": "What ran, where",
 }
 KEY: Final = ("case_key", "block", "software_key", "run_id")

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from attnbench.results.schema import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,17 +31,32 @@ def test_relative_links_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_the_example_of_add_your_own_holds_the_contract(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file", "name", "backend"),
+    [("my_attention.py", "SigmoidAttention", "torch"), ("my_rows.py", "LabelledRows", "reference")],
+)
+def test_the_examples_of_add_your_own_hold_the_contract(
+    tmp_path: Path, file: str, name: str, backend: str
+) -> None:
     from attnbench.harness import contract
     from attnbench.impls import registry
 
     text = (ROOT / "docs/add-your-own.md").read_text()
-    source = re.search(r"```python\n(# my_attention\.py.*?)```", text, re.DOTALL)
+    source = re.search(rf"```python\n(# {re.escape(file)}.*?)```", text, re.DOTALL)
     assert source is not None
-    path = tmp_path / "my_attention.py"
+    path = tmp_path / file
     path.write_text(source[1])
-    kind = registry.mechanism(f"{path}:SigmoidAttention")
-    targets = [t for t in contract.targets(kind) if t.backend == "torch"]
+    kind = registry.mechanism(f"{path}:{name}")
+    targets = [t for t in contract.targets(kind) if t.backend == backend]
     failed = [o for target in targets for o in contract.run_kit(target) if o.status == "failed"]
     assert targets
     assert failed == []
+
+
+def test_the_example_of_analysis_runs() -> None:
+    text = (ROOT / "docs/analysis.md").read_text()
+    source = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert source is not None
+    values: dict[str, object] = {}
+    exec(compile(source[1], "docs/analysis.md", "exec"), values)
+    assert tuple(values["weights"].shape) == (1, 4, 64, 64)  # type: ignore[attr-defined]

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnbench.harness.contract.instance import Instance, Shape
 from attnbench.harness.contract.outcome import CheckFailed, NotApplicable
-from attnbench.harness.contract.probe import Instance, Probe, Shape, same
+from attnbench.harness.contract.probe import Probe, same
 from attnbench.impls.spec import Pattern
-
-LENGTHS = (37, 130)
-"""Neither is a multiple of a tile; the second spans two chunks of 64 and a tile of 128."""
 
 POSITIONS = (0, 1, 7, 15, 16, 17, 31, 32, 35, 47, 63, 64, 65, 100, 127, 128)
 SLOW_POSITIONS = (0, 15, 16, 33, 63, 64, 127)
@@ -41,7 +39,7 @@ def strict_causality(probe: Probe) -> NotApplicable | None:
         return other
     if probe.spec.causality != "strict":
         return NotApplicable(f"Spec.causality is {probe.spec.causality}: see frozen_selection_causality")
-    for length in LENGTHS:
+    for length in probe.lengths():
         for dtype in probe.dtypes:
             instance = probe.build(Shape(length, length), dtype=dtype)
             _unmoved(probe, instance, length, {})
@@ -55,13 +53,10 @@ def frozen_selection_causality(probe: Probe) -> NotApplicable | None:
         return other
     if probe.spec.causality != "selection_leaky":
         return NotApplicable(f"Spec.causality is {probe.spec.causality}: see strict_causality")
-    for length in LENGTHS:
+    for length in probe.lengths():
         for dtype in probe.dtypes:
             instance = probe.build(Shape(length, length), dtype=dtype)
-            q, k, _ = instance.inputs
-            with torch.no_grad():
-                selection = instance.module.select(q, k)  # type: ignore[operator]  # checked by spec_is_filled
-            _unmoved(probe, instance, length, {"selection": selection})
+            _unmoved(probe, instance, length, {"selection": instance.selection()})
     return None
 
 
@@ -79,7 +74,7 @@ def accumulation(probe: Probe) -> NotApplicable | None:
     other = _not_causal_self(probe)
     if other is not None:
         return other
-    length = LENGTHS[0]
+    length = probe.lengths()[0]
     instance = probe.build(Shape(length, length))
     before = instance()
     for position in PASTS:

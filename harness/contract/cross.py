@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from attnbench.harness.contract.instance import Inputs, Instance, Shape, at
 from attnbench.harness.contract.outcome import CheckFailed, NotApplicable
-from attnbench.harness.contract.probe import CROSS_SIZES, Instance, Probe, Shape, Size, same
-from attnbench.impls.base import MaskAttention
+from attnbench.harness.contract.probe import Probe, Size, same
+from attnbench.impls.base import SparseAttention
 from attnbench.impls.spec import Pattern
 
 SLOW_SIZES: tuple[Size, ...] = ((5, 16), (33, 20))
@@ -42,11 +44,15 @@ def _rows(probe: Probe, n: int) -> Sequence[int]:
 def _every_size(probe: Probe, check: Callable[[Instance, int], None], *more: Size) -> None:
     """Run ``check(instance, n)`` for every size, ``more`` sizes and every precision."""
 
-    def at(size: Size) -> None:
+    def each(size: Size) -> None:
         for dtype in probe.dtypes:
             check(probe.build(Shape(*size), dtype=dtype), size[0])
 
-    probe.served((*probe.fewer(CROSS_SIZES, SLOW_SIZES, "N, M"), *more), at, "N, M")
+    sizes: Sequence[Size] = probe.sizes()
+    if probe.slow:
+        sizes = probe.fewer(sizes, SLOW_SIZES if probe.crossed else sizes[1::2], "N, M")
+    tiled = more if probe.crossed else [(n, n) for n, _ in more]
+    probe.served((*sizes, *tiled), each, "N, M")
 
 
 def cc_prefix(probe: Probe) -> NotApplicable | None:
@@ -54,6 +60,8 @@ def cc_prefix(probe: Probe) -> NotApplicable | None:
     other = _only_cc(probe)
     if other is not None:
         return other
+    if not probe.cuttable or not probe.crossed:
+        return NotApplicable(probe.uncuttable)
 
     def check(instance: Instance, n: int) -> None:
         whole = instance()
@@ -89,17 +97,25 @@ def cc_jacobian(probe: Probe) -> NotApplicable | None:
         return other
 
     def check(instance: Instance, n: int) -> None:
-        leaves = tuple(x.clone().requires_grad_() for x in instance.inputs)
+        leaves = instance.leaves()
         output = instance.differentiable(*leaves)
+        axes = [(x, axis) for x, axis in instance.axes("query") if x in instance.differentiated]
         for i in _rows(probe, n):
-            row = output[..., i, :].sum()
-            (gradient,) = torch.autograd.grad(
-                row, leaves[:1], retain_graph=True, allow_unused=True, materialize_grads=True
+            gradients = torch.autograd.grad(
+                output[..., i, :].sum(),
+                [leaves[x] for x, _ in axes],
+                retain_graph=True,
+                allow_unused=True,
+                materialize_grads=True,
             )
-            later = gradient[..., i + 1 :, :]
-            if not (later == 0).all():
-                worst = later.nan_to_num(nan=math.inf).abs().max().item()
-                raise CheckFailed(f"{_size(instance)}: |d output {i} / d later query| = {worst:.3g}", "0")
+            for (x, axis), gradient in zip(axes, gradients, strict=True):
+                later = gradient[at(axis, slice(i + 1, None))]
+                if not (later == 0).all():
+                    worst = later.nan_to_num(nan=math.inf).abs().max().item()
+                    what = "query" if instance.slots[x].main else instance.slots[x].name
+                    raise CheckFailed(
+                        f"{_size(instance)}: |d output {i} / d later {what}| = {worst:.3g}", "0"
+                    )
 
     _every_size(probe, check)
     return None
@@ -112,19 +128,22 @@ def cc_completeness(probe: Probe) -> NotApplicable | None:
         return other
 
     def louder_last(x: Tensor) -> Tensor:
-        x[..., -1, :] += 3.0
+        x[..., -1, :] = 3.0 - 2.0 * x[..., -1, :]  # not a shift alone, which a LayerNorm removes
         return x
 
     compared: list[Size] = []
 
     def check(instance: Instance, n: int) -> None:
         m = instance.shape.m
-        if isinstance(instance.module, MaskAttention):
-            visible = instance.module.visible(n, m, torch.device("cpu"))
-            if not visible[0, -1]:
-                probe.note(f"N, M = {n}, {m}: the declared mask hides the last key from query 0")
-                return
-        before, after = instance(), instance(*instance.changed(instance.key_side, louder_last))
+        visible = instance.visible()
+        if visible is not None and not visible[..., 0, -1].any():
+            probe.note(f"N, M = {n}, {m}: the declared mask hides the last key from query 0")
+            return
+        louder = instance.changed(instance.key_side, louder_last)
+        if not _selects_last(instance, louder):
+            probe.note(f"N, M = {n}, {m}: query 0 does not select the last key")
+            return
+        before, after = instance(), instance(*louder)
         compared.append((n, m))
         moved = (after - before)[..., 0, :].abs().max().item()
         if not moved > 1e-6 * before.abs().max().item():
@@ -135,8 +154,18 @@ def cc_completeness(probe: Probe) -> NotApplicable | None:
 
     _every_size(probe, check)
     if not compared:
-        return NotApplicable("the declared mask hides the last key from query 0 at every size")
+        return NotApplicable("the mask or the selection hides the last key from query 0 at every size")
     return None
+
+
+def _selects_last(instance: Instance, louder: Inputs) -> bool:
+    """Whether query 0 selects the last key, before or after it was changed; True without a selection."""
+    if not isinstance(instance.module, SparseAttention):
+        return True
+    return any(
+        bool(found.selection().to_dense_mask()[..., 0, -1].any())
+        for found in (instance, replace(instance, inputs=louder))
+    )
 
 
 def query_separable(probe: Probe) -> NotApplicable | None:
@@ -145,20 +174,19 @@ def query_separable(probe: Probe) -> NotApplicable | None:
         return NotApplicable(f"pattern {probe.target.pattern} is self attention: no query stands alone")
     if not probe.spec.query_separable:
         return NotApplicable("Spec.query_separable is False: output i may read other queries")
-    alone = probe.spec.permutation_invariant
+    alone = probe.spec.permutation_invariant and probe.cuttable
 
     def check(instance: Instance, n: int) -> None:
         whole = instance()
-        query, *context = instance.inputs
         for i in _rows(probe, n):
             if alone:
-                row = instance(query[..., i : i + 1, :].contiguous(), *context)
+                row = instance(*instance.taken("query", slice(i, i + 1)))
             else:
-                others = -3.0 * query.flip(-1)
-                others[..., i, :] = query[..., i, :]
-                row = instance(others, *context)[..., i : i + 1, :]
-            company = "alone" if alone else "among other queries"
-            same(row, whole[..., i : i + 1, :], f"{_size(instance)}: output of query {i} {company}")
+                others = torch.tensor([j for j in range(n) if j != i], dtype=torch.long)
+                company = instance.replaced("query", others, lambda x: -3.0 * x.flip(-1))
+                row = instance(*company)[..., i : i + 1, :]
+            where = "alone" if alone else "among other queries"
+            same(row, whole[..., i : i + 1, :], f"{_size(instance)}: output of query {i} {where}")
 
     _every_size(probe, check)
     return None

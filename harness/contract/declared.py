@@ -6,18 +6,35 @@ import inspect
 import re
 from collections.abc import Iterator
 
+from attnbench.harness.contract.instance import Shape
 from attnbench.harness.contract.outcome import CheckFailed
-from attnbench.harness.contract.probe import Probe, Shape
-from attnbench.impls.base import Attention, MaskAttention, UnsupportedPattern
+from attnbench.harness.contract.probe import Probe
+from attnbench.impls.base import (
+    Attention,
+    MapAttention,
+    MaskAttention,
+    SparseAttention,
+    UnsupportedPattern,
+)
 from attnbench.impls.spec import Pattern, Spec
+from attnbench.impls.synthetic import GENERATORS
 from attnbench.kernels import OPS
+
+_OVERRIDDEN: tuple[tuple[type[Attention], str], ...] = (
+    (MaskAttention, "mask_options"),
+    (MaskAttention, "visible"),
+    (SparseAttention, "select"),
+    (SparseAttention, "consume"),
+    (MapAttention, "transform"),
+)
 
 ARXIV = re.compile(r"\d{4}\.\d{4,5}|[a-z-]+/\d{7}")
 
 
 def spec_is_filled(probe: Probe) -> None:
     """The Spec says what tests, tables and pages need: names, source, cost, operations, hyper-parameters."""
-    _report([*_texts(probe.spec), *_hyper(probe.spec), *_hot_path(probe), *_consistent(probe)])
+    spec = probe.spec
+    _report([*_texts(spec), *_hyper(spec), *_inputs(spec), *_hot_path(probe), *_consistent(probe)])
 
 
 def has_its_methods(probe: Probe) -> None:
@@ -44,8 +61,12 @@ def cost_is_stated(probe: Probe) -> None:
     small, large = probe.cost_sizes()
     values = {}
     for size in (small, large):
-        module = probe.build(Shape(*size)).module
-        counts = {"flops": module.flops(*size), "extra_bytes": module.extra_bytes(*size, 2)}
+        instance = probe.build(Shape(*size))
+        module, grids = instance.module, instance.grids()
+        counts = {
+            "flops": module.cost("flops", *size, **grids),
+            "extra_bytes": module.cost("extra_bytes", *size, 2, **grids),
+        }
         for what, value in counts.items():
             if not isinstance(value, int) or value < 0:
                 raise CheckFailed(f"{what}{size} = {value!r}", "an int, at least 0")
@@ -90,6 +111,20 @@ def _hyper(spec: Spec) -> Iterator[str]:
         yield f"Spec.test_hyper: {error}"
 
 
+def _inputs(spec: Spec) -> Iterator[str]:
+    for declared in spec.inputs:
+        if not declared.meaning.strip():
+            yield f"input {declared.name} has no meaning"
+        if isinstance(declared.synthetic, str) and declared.synthetic not in GENERATORS:
+            yield f"input {declared.name}: no synthetic input is called {declared.synthetic!r}"
+        if "B" in declared.dims[1:]:
+            yield f"input {declared.name}: the batch is not the first dimension of {declared.shape}"
+        if declared.scope == "op" and not spec.on_tensors:
+            yield f"input {declared.name}: scope op, but a {spec.kind} has no operation"
+    if spec.grid_kv and not spec.on_grid:
+        yield "Spec.grid_kv without a rank above 1 in Spec.grid_ranks"
+
+
 def _hot_path(probe: Probe) -> Iterator[str]:
     spec = probe.spec
     for pattern in spec.patterns:
@@ -112,7 +147,9 @@ def _consistent(probe: Probe) -> Iterator[str]:
     if spec.causality == "selection_leaky" and not callable(getattr(probe.target.mechanism, "select", None)):
         yield "Spec.causality is selection_leaky but there is no select(q, k)"
     lacks_cc = Pattern.NC in spec.patterns and Pattern.CC not in spec.patterns
-    if spec.query_separable and lacks_cc and 1 in spec.grid_ranks:
+    if spec.selection and not callable(getattr(probe.target.mechanism, "select", None)):
+        yield f"Spec.selection is {spec.selection} but there is no select(q, k)"
+    if spec.query_separable and lacks_cc and 1 in spec.grid_ranks and spec.lengths == "free":
         yield "query_separable and NC but not CC: what is separable in NC is causal as it is"
 
 
@@ -120,10 +157,15 @@ def _methods(kind: type[Attention]) -> Iterator[str]:
     spec = kind.spec
     if spec.kind == "mask" and not issubclass(kind, MaskAttention):
         yield "Spec.kind is mask but the class is no MaskAttention"
-    name = "attend" if spec.kind in ("core", "mask") else "forward"
+    if spec.kind == "map" and not issubclass(kind, MapAttention):
+        yield "Spec.kind is map but the class is no MapAttention"
+    name = "attend" if spec.on_tensors else "forward"
     method = getattr(kind, name)
     if method is getattr(Attention, name):
         yield f"Spec.kind is {spec.kind} but {name} is not overridden"
+    for base, own in _OVERRIDDEN:
+        if issubclass(kind, base) and getattr(kind, own) is getattr(base, own):
+            yield f"a {base.__name__} but {own} is not overridden"
     parameters = inspect.signature(method).parameters
     for keyword in ("grid", "key_padding_mask"):
         if keyword not in parameters:

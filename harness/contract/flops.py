@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch.utils.flop_counter import FlopCounterMode
 
+from attnbench.harness.contract.instance import Shape
 from attnbench.harness.contract.outcome import CheckFailed, NotApplicable
-from attnbench.harness.contract.probe import Probe, Shape
+from attnbench.harness.contract.probe import Probe
 
 TOLERANCE = 0.02
 
@@ -22,7 +23,10 @@ def flops_match_counter(probe: Probe) -> NotApplicable | None:
         counter = FlopCounterMode(display=False)
         with counter:
             instance()
-        counted, stated = counter.get_total_flops(), instance.module.counted_flops(n, m)
+        counted, stated = (
+            counter.get_total_flops(),
+            instance.module.cost("counted_flops", n, m, **instance.grids()),
+        )
         if not abs(stated - counted) <= TOLERANCE * counted:
             raise CheckFailed(f"N, M = {n, m}: counted_flops() {stated}", f"{counted} as counted, within 2 %")
     return None

@@ -7,14 +7,16 @@ implementation is off by, a gradient by three times (:mod:`attnbench.harness.acc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.autograd.gradcheck import GradcheckError
 
 from attnbench.harness.accuracy import gate
+from attnbench.harness.contract.instance import Shape
 from attnbench.harness.contract.outcome import CheckFailed, NotApplicable
-from attnbench.harness.contract.probe import LIMITS, Instance, Probe, Shape, Size
+from attnbench.harness.contract.probe import LIMITS, Probe, Size
 from attnbench.harness.contract.shapes import HARD_SCALE
 from attnbench.kernels.backends import available
 
@@ -27,7 +29,7 @@ LONG = 130
 
 def _sizes(probe: Probe) -> Sequence[Size]:
     """The pattern's sizes and a long one."""
-    return (*probe.sizes(), (LONG, LONG + 15) if probe.target.pattern.cross else (LONG, LONG))
+    return (*probe.sizes(), (LONG, LONG + 15) if probe.crossed else (LONG, LONG))
 
 
 def _no_reference(probe: Probe) -> NotApplicable | None:
@@ -49,7 +51,9 @@ def agrees_with_reference(probe: Probe) -> NotApplicable | None:
         truth, yard = (probe.as_reference(instance, d)() for d in (torch.float64, torch.float32))
         _gated([instance()], [truth], [yard], size)
 
-    probe.served(_sizes(probe), check, "N, M")
+    sizes = _sizes(probe)
+    few = (probe.sizes()[0], probe.sizes()[-1])
+    probe.served(probe.fewer(sizes, few, "N, M"), check, "N, M")
     return None
 
 
@@ -94,7 +98,7 @@ def gradients_agree(probe: Probe) -> NotApplicable | None:
         _gated(*_substantial(instance.gradients(upstream), truth, yard, size), size)
 
     sizes = _sizes(probe)
-    probe.served(probe.fewer(sizes, sizes[-2:], "N, M"), check, "N, M")
+    probe.served(probe.fewer(sizes, probe.sizes()[-1:], "N, M"), check, "N, M")
     return None
 
 
@@ -102,11 +106,10 @@ def gradcheck(probe: Probe) -> NotApplicable | None:
     """fp64 gradients of the reference equal finite differences."""
     if probe.target.backend != "reference":
         return NotApplicable("finite differences are taken on the reference backend")
-    n, m = (3, 4) if probe.target.pattern.cross else (4, 4)
+    n, m = (3, 4) if probe.crossed else (4, 4)
     instance = probe.build(Shape(n, m), dtype=torch.float64)
-    leaves = tuple(x.clone().requires_grad_() for x in instance.inputs)
     try:
-        torch.autograd.gradcheck(instance.differentiable, leaves, fast_mode=True)
+        torch.autograd.gradcheck(instance.differentiable, instance.leaves(), fast_mode=True)
     except GradcheckError as error:
         raise CheckFailed(" ".join(str(error).split()), "gradients equal to finite differences") from None
     return None
@@ -117,18 +120,20 @@ def finite_gradients(probe: Probe) -> None:
     n, m = probe.sizes()[1]
     instance = probe.build(Shape(n, m), dtype=torch.float32)
     hard = instance.changed((0,), lambda x: x * HARD_SCALE)
-    zero = instance.changed(range(3), torch.zeros_like)
+    zero = instance.changed(range(instance.mains), torch.zeros_like)
     one = probe.build(Shape(*probe.sizes()[0]), dtype=torch.float32)
     for inputs, base, when in (
         (hard, instance, f"first input times {HARD_SCALE:g}"),
         (zero, instance, "zero inputs"),
         (one.inputs, one, "one token"),
     ):
-        gradients = Instance(base.module, inputs, base.face, base.shape).gradients()[1:]
-        for i, gradient in enumerate(gradients):
+        gradients = replace(base, inputs=inputs).gradients()[1:]
+        for i, gradient in zip(base.differentiated, gradients, strict=True):
             bad = int((~gradient.isfinite()).sum())
             if bad:
-                raise CheckFailed(f"{bad} gradients of input {i} not finite at {when}", "finite gradients")
+                raise CheckFailed(
+                    f"{bad} gradients of {base.slots[i].name} not finite at {when}", "finite gradients"
+                )
 
 
 def parameters_learn(probe: Probe) -> NotApplicable | None:

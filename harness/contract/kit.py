@@ -18,6 +18,7 @@ from attnbench.harness.contract import (
     flops,
     gradients,
     padding,
+    selection,
     shapes,
     state,
 )
@@ -39,7 +40,34 @@ class Check:
     computes: bool = True
 
 
-_COMPUTING = (shapes, causality, cross, algebra, padding, gradients, flops, state)
+_COMPUTING = (shapes, causality, cross, algebra, padding, selection, gradients, flops, state)
+
+ON_EVERY_RANK = {
+    "output_shape",
+    "finite_on_hard_inputs",
+    "strict_causality",
+    "frozen_selection_causality",
+    "cc_poison",
+    "query_separable",
+    "row_sums",
+    "exactness",
+    "padding_is_unseen",
+    "selection_is_attended",
+    "agrees_with_reference",
+    "gradients_agree",
+    "gradcheck",
+    "flops_match_counter",
+}
+"""Checks in which the shape of a grid counts: they run for every rank of grids, the others for the least."""
+
+DIFFERENTIATING = {"gradcheck", "gradients_agree", "finite_gradients", "parameters_learn"}
+"""Checks that need a backward pass."""
+
+INTERPRETED = {"agrees_with_reference", "gradients_agree"}
+"""Checks that compute with Triton in its interpreter, where every launch costs tens of milliseconds.
+
+The reference passes all others on every rank of grids; these say that outputs and gradients are those of the
+reference. On a GPU Triton is checked like any other backend."""
 
 
 def checks() -> list[Check]:
@@ -78,22 +106,40 @@ def _run(check: Check, target: Target) -> Outcome:
     def outcome(status: Status, detail: str) -> Outcome:
         return Outcome(check.name, status, detail, check.computes)
 
-    if check.computes and target.mechanism.spec.inputs:
-        names = ", ".join(x.name for x in target.mechanism.spec.inputs)
-        return outcome("not applicable", f"Spec.inputs: the kit cannot make {names}")
-    probe = Probe(target)
+    if target.mechanism.spec.forward_only and check.name in DIFFERENTIATING:
+        return outcome("not applicable", f"no backward pass: {target.mechanism.spec.forward_only}")
+    ranks = sorted(target.mechanism.spec.grid_ranks)
+    slow = Probe(target, ranks[0]).slow
+    if slow and check.computes and check.name not in INTERPRETED:
+        return outcome("not applicable", "interpreted: covered by agreement with the reference")
+    if slow or check.name not in ON_EVERY_RANK:
+        ranks = ranks[:1]
+    found: list[tuple[Status, str]] = []
+    for rank in ranks:
+        status, detail = _on_rank(check, target, rank)
+        found.append((status, f"grids of rank {rank}: {detail}" if rank > 1 and detail else detail))
+        if status == "failed":
+            return outcome(status, found[-1][1])
+    if all(status == "not applicable" for status, _ in found):
+        return outcome("not applicable", found[0][1])
+    return outcome("passed", "; ".join(dict.fromkeys(detail for _, detail in found if detail)))
+
+
+def _on_rank(check: Check, target: Target, rank: int) -> tuple[Status, str]:
+    """What a check says on grids of one rank, and its detail."""
+    probe = Probe(target, rank)
     try:
         exempt = check.function(probe)
     except CheckFailed as failure:
-        return outcome("failed", str(failure))
+        return "failed", str(failure)
     except Unsupported as why:
         # the reference is the definition: nothing may be beyond it
-        return outcome("failed" if target.backend == "reference" else "not applicable", str(why))
+        return "failed" if target.backend == "reference" else "not applicable", str(why)
     except Exception as error:  # what a mechanism raises is its failure, and the next check must still run
-        return outcome("failed", _described(error))
+        return "failed", _described(error)
     if exempt is not None:
-        return outcome("not applicable", exempt.reason)
-    return outcome("passed", "; ".join(probe.notes))
+        return "not applicable", exempt.reason
+    return "passed", "; ".join(probe.notes)
 
 
 def _described(error: Exception) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from attnbench.harness.contract.instance import Inputs, Instance, Shape
 from attnbench.harness.contract.outcome import CheckFailed, NotApplicable
-from attnbench.harness.contract.probe import Instance, Probe, Shape, same
+from attnbench.harness.contract.probe import Probe, same
 
 PADDED = 4
 """Keys that are padding in the first batch entry; the second has none."""
@@ -24,7 +25,7 @@ def padding_is_unseen(probe: Probe) -> None:
         instance = probe.build(Shape(n, m, batch=2))
         mask = torch.zeros(2, m, dtype=torch.bool, device=probe.target.device)
         mask[0, _scattered(m)] = True
-        noisy = instance.changed(instance.key_side, _noise_at(mask[0]))
+        noisy = _noise_at(instance, mask[0])
         before, after = (instance(*x, key_padding_mask=mask) for x in (instance.inputs, noisy))
         if probe.face == "forward" and not probe.target.pattern.cross:  # a padded token is a query as well
             before, after = (x.masked_fill(mask.unsqueeze(-1), 0.0) for x in (before, after))
@@ -38,13 +39,15 @@ def padding_equals_dropping(probe: Probe) -> NotApplicable | None:
     """
     if probe.spec.padding:
         return NotApplicable(f"Spec.padding: {probe.spec.padding}")
+    if not probe.cuttable:
+        return NotApplicable(probe.uncuttable)
     sizes = probe.sizes()[1:] if probe.target.pattern.cross else probe.sizes()[2:]
     for n, m in sizes:
         instance = probe.build(Shape(n, m, batch=2))
         mask = torch.zeros(2, m, dtype=torch.bool, device=probe.target.device)
         scattered = probe.target.pattern.cross and probe.spec.permutation_invariant
         mask[0, _scattered(m) if scattered else slice(m - PADDED, m)] = True
-        noisy = instance.changed(instance.key_side, _noise_at(mask[0]))
+        noisy = _noise_at(instance, mask[0])
         output = instance(*noisy, key_padding_mask=mask)
         _compare(probe, instance, output, ~mask[0])
     return None
@@ -56,23 +59,21 @@ def _scattered(m: int) -> slice:
     return slice(0, PADDED * step, step)
 
 
-def _noise_at(padded: Tensor) -> Callable[[Tensor], Tensor]:
-    """Makes the padded tokens of the first batch entry loud."""
-
-    def louder(x: Tensor) -> Tensor:
-        x[0][..., padded, :] *= NOISE
-        return x
-
-    return louder
+def _noise_at(instance: Instance, padded: Tensor) -> Inputs:
+    """The inputs with loud tokens in the padded places of the first batch entry."""
+    noisy = instance.replaced("key", padded, lambda x: x * NOISE)
+    return tuple(
+        torch.cat((loud[:1], x[1:])) if slot.batch == 0 else x
+        for slot, loud, x in zip(instance.slots, noisy, instance.inputs, strict=True)
+    )
 
 
 def _compare(probe: Probe, instance: Instance, output: Tensor, keep: Tensor) -> None:
     n, m = instance.shape.n, instance.shape.m
     cross = probe.target.pattern.cross
-    dropping = instance.key_side if cross else range(3)
-    short = instance.changed(dropping, lambda x: x[..., keep, :].contiguous())
+    short = replace(instance, inputs=instance.taken("key" if cross else "query", keep))
     rows = n if cross else int(keep.sum())
-    dropped = instance(*(x[:1] for x in short))
+    dropped = short(*short.entries(lambda x: x[:1]))
     same(output[:1, ..., :rows, :], dropped, f"N, M = {n, m}: entry with {PADDED} padded keys")
     same(output[1:], instance()[1:], f"N, M = {n, m}: entry without padding beside one with it")
 

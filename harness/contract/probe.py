@@ -1,32 +1,45 @@
-"""A mechanism made concrete for a check: built modules, inputs that fit them, and comparison with a limit.
-
-Every check sees the same two kinds of tensors: those whose token axis is the queries' and those whose token
-axis is the keys'. It is written once for ``attend(q, k, v)`` and for ``forward(x, context)``.
-"""
+"""What a check is given: a target, a way to build it at any size, and comparison with a limit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from attnbench.harness.contract.instance import Face, Inputs, Instance, Shape, Slot, main_slots
 from attnbench.harness.contract.outcome import CheckFailed
 from attnbench.impls.base import Attention
 from attnbench.impls.case import fold
 from attnbench.impls.spec import Pattern
+from attnbench.impls.synthetic import Dims, make_all
 from attnbench.kernels.backends import Unsupported, interpreting
 
-Face = Literal["attend", "forward"]
+SECOND_CONTEXT = 6
+"""Tokens of a second context: none of the other lengths."""
+
 Size = tuple[int, int]
-Inputs = tuple[Tensor, ...]
 T = TypeVar("T")
 
 SELF_SIZES: tuple[Size, ...] = ((1, 1), (5, 5), (16, 16), (33, 33))
 CROSS_SIZES: tuple[Size, ...] = ((1, 7), (5, 16), (16, 5), (33, 20), (20, 33))
 """(N, M): one token, multiples of 16 and not, more queries than keys and fewer."""
+
+GRID_SIZES: Mapping[int, tuple[Size, ...]] = {
+    2: ((1, 1), (5, 5), (16, 16), (35, 35)),
+    3: ((1, 1), (5, 5), (16, 16), (45, 45)),
+}
+"""Token counts that fold into (1, 5), (4, 4) and (5, 7); into (1, 1, 5), (2, 2, 4) and (3, 3, 5)."""
+
+CROSS_GRID_SIZES: tuple[Size, ...] = ((1, 6), (5, 16), (16, 5), (35, 20), (20, 45))
+
+LENGTHS = (37, 130)
+"""Neither is a multiple of a tile; the second spans two chunks of 64 and a tile of 128."""
+
+GRID_LENGTHS: Mapping[int, tuple[int, ...]] = {2: (35, 130), 3: (45, 150)}
+"""Grids (5, 7), (10, 13), (3, 3, 5), (5, 5, 6)."""
 
 SELF_COST_SIZES: tuple[Size, ...] = ((64, 64), (192, 192))
 CROSS_COST_SIZES: tuple[Size, ...] = ((64, 128), (192, 256))
@@ -62,104 +75,19 @@ def targets(mechanism: type[Attention], device: str = "cpu") -> list[Target]:
     ]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of one call; the width is heads · head_dim. ``kv_heads`` 0 means as many as heads."""
-
-    n: int
-    m: int
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 0
-    head_dim: int = 8
-    value_dim: int = 8
-
-    @property
-    def width(self) -> int:
-        """Model width C."""
-        return self.heads * self.head_dim
-
-
-@dataclass(frozen=True)
-class Instance:
-    """A module in eval mode, inputs that fit it, and the call that takes them."""
-
-    module: Attention
-    inputs: Inputs
-    face: Face
-    shape: Shape
-
-    def __call__(self, *inputs: Tensor, **options: Any) -> Tensor:
-        """Output on copies of ``inputs`` (the instance's own by default), without a graph."""
-        with torch.no_grad():
-            return self.differentiable(*(x.clone() for x in inputs or self.inputs), **options)
-
-    def differentiable(self, *inputs: Tensor, **options: Any) -> Tensor:
-        """Output on the very tensors given (by default the instance's own), with a graph where it is on."""
-        given = inputs or self.inputs
-        if self.module.spec.stochastic:  # its draws are part of the definition: the same ones in every call
-            torch.manual_seed(0)
-        grid = fold(given[0].shape[-2], 1, self.module.spec.grid_ranks) or None
-        if self.face == "forward":
-            return self.module(*given, grid=grid, **options)
-        q, k, v = given
-        return self.module.attend(q, *self.module.grouped(k, v), grid=grid, **options)
-
-    @property
-    def query_side(self) -> tuple[int, ...]:
-        """Indices of the inputs whose tokens are the queries' (in self attention, all)."""
-        return (0, 1, 2) if self.face == "attend" and not self.module.pattern.cross else (0,)
-
-    @property
-    def key_side(self) -> tuple[int, ...]:
-        """Indices of the inputs whose tokens are the keys'."""
-        if self.face == "attend":
-            return (1, 2)
-        return (1,) if self.module.pattern.cross else (0,)
-
-    def changed(self, indices: Sequence[int], how: Callable[[Tensor], Tensor]) -> Inputs:
-        """The inputs with ``how`` applied to a copy of each of ``indices``."""
-        return tuple(how(x.clone()) if i in indices else x for i, x in enumerate(self.inputs))
-
-    def prefix(self, length: int) -> Inputs:
-        """The inputs with the first ``length`` query-side tokens only."""
-        return self.changed(self.query_side, lambda x: x[..., :length, :].contiguous())
-
-    def with_future(self, position: int, future: Callable[[Tensor], Tensor]) -> Inputs:
-        """The inputs with the query-side tokens after ``position`` replaced by ``future(those tokens)``."""
-
-        def replaced(x: Tensor) -> Tensor:
-            x[..., position + 1 :, :] = future(x[..., position + 1 :, :])
-            return x
-
-        return self.changed(self.query_side, replaced)
-
-    def gradients(self, upstream: Tensor | None = None) -> tuple[Tensor, ...]:
-        """The output and the gradients of <output, upstream> with respect to every input.
-
-        Without ``upstream``, of the sum of the outputs. An input that the output ignores has gradient zero.
-        """
-        leaves = tuple(x.detach().clone().requires_grad_() for x in self.inputs)
-        output = self.differentiable(*leaves)
-        upstream = torch.ones_like(output) if upstream is None else upstream.to(output.dtype)
-        return (
-            output.detach(),
-            *torch.autograd.grad(output, leaves, upstream, allow_unused=True, materialize_grads=True),
-        )
-
-
 class Probe:
-    """What a check is given: the target, a way to build it, and a place for notes on what was reduced."""
+    """A target on grids of one rank, a way to build it, and a place for notes on what was reduced."""
 
-    def __init__(self, target: Target) -> None:
+    def __init__(self, target: Target, rank: int | None = None) -> None:
         self.target = target
+        self.rank = min(target.mechanism.spec.grid_ranks) if rank is None else rank
         self.spec = target.mechanism.spec
         self.notes: list[str] = []
 
     @property
     def face(self) -> Face:
         """The call that most checks make: ``attend`` where the kind has one."""
-        return "attend" if self.spec.kind in ("core", "mask") else "forward"
+        return "attend" if self.spec.on_tensors else "forward"
 
     @property
     def slow(self) -> bool:
@@ -177,12 +105,35 @@ class Probe:
         return (torch.float64, torch.float32) if self.dtype is torch.float64 else (torch.float32,)
 
     def sizes(self) -> tuple[Size, ...]:
-        """(N, M) pairs of the pattern."""
-        return CROSS_SIZES if self.target.pattern.cross else SELF_SIZES
+        """(N, M) pairs of the pattern and the rank."""
+        if self.crossed:
+            return CROSS_SIZES if self.rank == 1 else CROSS_GRID_SIZES
+        return GRID_SIZES.get(self.rank, SELF_SIZES)
+
+    def lengths(self) -> tuple[int, ...]:
+        """Numbers of tokens at which causality of self attention is checked."""
+        return GRID_LENGTHS.get(self.rank, LENGTHS)
 
     def cost_sizes(self) -> tuple[Size, ...]:
         """(N, M) pairs of the pattern at which costs are compared."""
-        return CROSS_COST_SIZES if self.target.pattern.cross else SELF_COST_SIZES
+        return CROSS_COST_SIZES if self.crossed else SELF_COST_SIZES
+
+    @property
+    def crossed(self) -> bool:
+        """Whether N and M are unrelated."""
+        return self.target.pattern.cross and self.spec.lengths == "free"
+
+    @property
+    def cuttable(self) -> bool:
+        """Whether a call with some of the queries left out is still a call of the mechanism."""
+        return self.rank == 1 and (self.crossed or not self.target.pattern.cross)
+
+    @property
+    def uncuttable(self) -> str:
+        """Why queries cannot be left out."""
+        if self.rank > 1:
+            return f"grids of rank {self.rank}: without some of its tokens a grid is none"
+        return "Spec.lengths is aligned: without some queries N and M differ"
 
     def note(self, text: str) -> None:
         """Record what a reader of a passed check should know."""
@@ -227,15 +178,26 @@ class Probe:
         module = self._module(self.target.backend, shape, face, seed)
         generator = torch.Generator().manual_seed(seed + 1)
         inputs = self._inputs(shape, face, dtype, generator)
-        return Instance(module.to(device=self.target.device, dtype=dtype).eval(), inputs, face, shape)
+        scope = "op" if face == "attend" else "layer"
+        declared = self.spec.served_inputs(scope)
+        slots = (*main_slots(face, cross=self.target.pattern.cross), *map(Slot.of, declared))
+        extra = make_all(self.spec, scope, self._dims(shape), generator, dtype, "cpu")
+        inputs = (*inputs, *(x.to(self.target.device) for x in extra.values()))
+        module = module.to(device=self.target.device, dtype=dtype).eval()
+        return Instance(module, inputs, face, shape, slots, self.rank)
 
     def as_reference(self, instance: Instance, dtype: torch.dtype) -> Instance:
         """The same weights and inputs on the reference backend, in ``dtype``."""
         module = self._module("reference", instance.shape, instance.face, seed=0)
         module.load_state_dict(instance.module.state_dict())
         module = module.to(device=self.target.device, dtype=dtype).eval()
-        inputs = tuple(x.detach().to(dtype) for x in instance.inputs)
-        return Instance(module, inputs, instance.face, instance.shape)
+        inputs = tuple(x.detach().to(dtype) if x.is_floating_point() else x for x in instance.inputs)
+        return replace(instance, module=module, inputs=inputs)
+
+    def _dims(self, shape: Shape) -> Dims:
+        grids = (fold(x, self.rank, (self.rank,)) if self.rank > 1 else () for x in (shape.n, shape.m))
+        heads = (shape.heads, shape.kv_heads or shape.heads, shape.head_dim)
+        return Dims(shape.batch, shape.n, shape.m, *heads, SECOND_CONTEXT, *grids)
 
     def _module(self, backend: str, shape: Shape, face: Face, seed: int) -> Attention:
         kind = self.target.mechanism

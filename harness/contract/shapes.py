@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from attnbench.harness.contract.instance import Face, Instance, Shape
 from attnbench.harness.contract.outcome import CheckFailed, NotApplicable
-from attnbench.harness.contract.probe import Face, Instance, Probe, Shape, Size, same
+from attnbench.harness.contract.probe import Probe, Size, same
 from attnbench.kernels.backends import available
 
 HARD_SCALE = 30.0
@@ -90,7 +91,7 @@ def finite_on_hard_inputs(probe: Probe) -> None:
         _finite(instance(), f"N, M = {size}")
         hard = instance.changed((0,), lambda x: x * HARD_SCALE)
         _finite(instance(*hard), f"N, M = {size}, first input times {HARD_SCALE:g}")
-        alike = instance.changed(range(3), torch.zeros_like)
+        alike = instance.changed(range(instance.mains), torch.zeros_like)
         _finite(instance(*alike), f"N, M = {size}, all inputs zero")
 
     probe.served(probe.fewer(probe.sizes(), probe.sizes()[:2], "N, M"), check, "N, M")
@@ -100,7 +101,9 @@ def strided_inputs(probe: Probe) -> None:
     """Inputs with other strides (a transposed view) give the result of contiguous ones."""
     n, m = probe.sizes()[1]
     instance = probe.build(Shape(n, m))
-    strided = tuple(x.transpose(1, -1).contiguous().transpose(1, -1) for x in instance.inputs)
+    strided = tuple(
+        x.transpose(1, -1).contiguous().transpose(1, -1) if x.dim() > 2 else x for x in instance.inputs
+    )
     same(instance(*strided), instance(), "output on strided inputs")
 
 
@@ -113,7 +116,10 @@ def inputs_not_mutated(probe: Probe) -> None:
         instance.differentiable(*instance.inputs)
     for i, (x, old) in enumerate(zip(instance.inputs, before, strict=True)):
         if not torch.equal(x, old):
-            raise CheckFailed(f"input {i} changed by up to {(x - old).abs().max():.3g}", "unchanged inputs")
+            moved = (x.double() - old.double()).abs().max().item()
+            raise CheckFailed(
+                f"input {instance.slots[i].name} changed by up to {moved:.3g}", "unchanged inputs"
+            )
 
 
 def _finite(output: Tensor, when: str) -> None:

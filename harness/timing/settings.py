@@ -51,6 +51,20 @@ LIMITS: Final = Settings()
 
 PRESETS: Final[dict[str, Settings]] = {
     "default": LIMITS,
+    # calls that are compared in turns, many in a few minutes: the cap is for all calls of a comparison
+    "turns": Settings(
+        warmup_calls=3,
+        warmup_s=0.02,
+        warmup_window_s=0.01,
+        warmup_agreement=0.05,
+        warmup_cap_s=0.15,
+        min_samples=12,
+        min_total_s=0.005,
+        half_width=0.005,
+        max_samples=60,
+        wall_cap_s=0.8,
+        floor_samples=5,
+    ),
     "tiny": Settings(
         warmup_calls=3,
         warmup_s=0.06,

@@ -38,7 +38,7 @@ CROSS_CHECK_SLACK_US: Final = 20.0
 
 
 @dataclass
-class _Sampler:
+class StreamSampler:
     """Takes samples between two events; counts those that the spin did not cover."""
 
     device: StreamDevice
@@ -66,6 +66,10 @@ class _Sampler:
         us, _ = self(call, flushed=flushed, calls=calls)
         return us, us * calls
 
+    def restart(self) -> None:
+        """Forget the samples so far: those of a warm-up do not count."""
+        self.taken = self.exposed = 0
+
     def flags(self) -> tuple[Flag, ...]:
         """``launch_exposed`` when the device was ahead of the host, so that samples hold launch gaps."""
         share = self.exposed / max(self.taken, 1)
@@ -81,9 +85,9 @@ def measure_stream(
     """Time ``call``: cold (headline), hot, from a CUDA graph where it can be captured, and end to end."""
     first_s = time_once(call, device) if first_s is None else first_s
     with gc_paused():
-        queue_us = _queueing_us(call, device)
-        hold_us = min(max(HOLD_FACTOR * queue_us, HOLD_LEAST_US), HOLD_CAP_US)
-        warm_sampler, cold_sampler = _Sampler(device, hold_us), _Sampler(device, hold_us)
+        queue_us = queueing_us(call, device)
+        hold_us = held_us(queue_us)
+        warm_sampler, cold_sampler = StreamSampler(device, hold_us), StreamSampler(device, hold_us)
         warm = warm_up(lambda: warm_sampler(call, flushed=True), device, settings)
         before = device.health()
         colds, recompiled = sample_compiled(lambda: cold_sampler.timed(call, flushed=True), device, settings)
@@ -92,7 +96,7 @@ def measure_stream(
         walls = sample(lambda: _end_to_end(call, device), device, settings.secondary())
         disagree = _cross_check(call, device, max(queue_us, cold_us))
         proof = prove_flush(device)
-        hot_us, graph = _hot(call, _Sampler(device, hold_us), settings.secondary())
+        hot_us, graph = _hot(call, StreamSampler(device, hold_us), settings.secondary())
     return Timing(
         kind="device_cold",
         samples_us=tuple(colds.samples),
@@ -116,7 +120,12 @@ def measure_stream(
     )
 
 
-def _queueing_us(call: Call, device: StreamDevice) -> float:
+def held_us(queue_us: float) -> float:
+    """How long the device is held, so that a host that queues for ``queue_us`` is ahead of it."""
+    return min(max(HOLD_FACTOR * queue_us, HOLD_LEAST_US), HOLD_CAP_US)
+
+
+def queueing_us(call: Call, device: StreamDevice) -> float:
     """Median time that the host needs to queue one call, on an empty queue."""
     times = []
     for _ in range(5):
@@ -154,7 +163,7 @@ def _cross_check(call: Call, device: StreamDevice, expected_us: float) -> tuple[
     )
 
 
-def _hot(call: Call, sampler: _Sampler, settings: Settings) -> tuple[float, bool]:
+def _hot(call: Call, sampler: StreamSampler, settings: Settings) -> tuple[float, bool]:
     """Hot time per call: replayed from a CUDA graph, and True, or launched one by one where that fails.
 
     Last of all, because a capture that fails can leave the context in a state that nothing else should see.

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnbench.kernels.flash.torch import _scores
+from attnbench.kernels._attention import scaled_scores
 
 CHUNK_SCORES = 2**25
 """Scores computed at a time, 128 MiB in fp32; without gradients no more than that exist at once."""
@@ -32,7 +32,7 @@ def block_mass(
     parts = []
     for start in range(0, n, rows):
         at = slice(start, start + rows)
-        scores = _scores(q[:, :, at], k, scale)
+        scores = scaled_scores(q[:, :, at], k, scale)
         if causal:
             last = torch.arange(start, min(start + rows, n), device=q.device) + (m - n)
             hidden = torch.arange(m, device=q.device)[None, :] > last[:, None]

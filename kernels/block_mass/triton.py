@@ -11,14 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnbench.kernels._attention import capability, check_tensors, near
 from attnbench.kernels.aot import AotCase
 from attnbench.kernels.backends import Unsupported
 from attnbench.kernels.block_sparse._configs import choose
-from attnbench.kernels.flash._configs import MAX_HEAD_DIM
 from attnbench.kernels.flash._device import LOG2E, head_pointer, load_tile
 from attnbench.kernels.flash._launch import LOG2E as LOG2E_FLOAT
-from attnbench.kernels.flash._launch import Launch, _view, capability
-from attnbench.kernels.flash.triton import DTYPES, _near
+from attnbench.kernels.flash._launch import Launch, view
 
 
 @triton.jit
@@ -85,14 +84,10 @@ def block_mass(
     """
     if torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, lse)):
         raise Unsupported("block_mass/triton", "inputs that require gradients", "a forward pass, or torch")
-    for name, x in (("q", q), ("k", k)):
-        if x.dtype not in DTYPES or x.dtype is not q.dtype:
-            raise Unsupported(f"block_mass/triton dtype of {name}", x.dtype, "one of fp16, bf16, fp32, as q")
-    if not 1 <= q.shape[-1] <= MAX_HEAD_DIM:
-        raise Unsupported("block_mass/triton head dim", q.shape[-1], f"1 to {MAX_HEAD_DIM}")
-    if not q.device == k.device == lse.device:
-        raise Unsupported("block_mass/triton", f"{q.device}, {k.device} and {lse.device}", "one device")
-    launch, out = _launch(_near(q), _near(k), lse, block_q, block_k, scale, causal, reduce)
+    check_tensors("block_mass", {"q": q, "k": k})
+    if q.device != lse.device:
+        raise Unsupported("block_mass/triton", f"lse on {lse.device}", f"{q.device} as q")
+    launch, out = _launch(near(q), near(k), lse, block_q, block_k, scale, causal, reduce)
     with torch.cuda.device_of(q):
         launch.run()
     return out.amax((3, 5)) if reduce == "max" else out.sum((3, 5))
@@ -122,7 +117,7 @@ def _launch(
     )
     out = torch.zeros(b, h, *shape, device=q.device, dtype=torch.float32)
     tiles, tiles_k = shape[0] * shape[1], shape[2] * shape[3]
-    args = (_view(q), _view(k), _view(lse), out, scale * LOG2E_FLOAT)
+    args = (view(q), view(k), view(lse), out, scale * LOG2E_FLOAT)
     args += (n, m, block_q, block_k, h, h // k.shape[1], tiles, tiles_k)
     constants = {
         "D": d,

@@ -11,6 +11,7 @@ import math
 # by name: importing the backend module block_sparse.torch rebinds the name `torch` in this package
 from torch import Tensor
 
+from attnbench.kernels._attention import check_shapes
 from attnbench.kernels.backends import Op
 from attnbench.kernels.selection import Selection
 
@@ -92,13 +93,9 @@ def block_sparse(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, selection: Selection) -> None:
-    b, h, n, d = q.shape
-    kv_heads, m = k.shape[1:3]
-    if k.shape != (b, kv_heads, m, d) or v.shape[:3] != k.shape[:3] or h % kv_heads:
-        shapes = " and ".join(str(tuple(x.shape)) for x in (q, k, v))
-        raise ValueError(
-            f"q, k, v: observed {shapes}, expected (B, H, N, D), (B, Hkv, M, D), (B, Hkv, M, Dv)"
-        )
+    check_shapes(q, k, v)
+    b, h, n, _ = q.shape
+    m = k.shape[2]
     batch, heads = selection.counts.shape[:2]
     if (selection.n, selection.m) != (n, m) or batch not in (1, b) or h % heads:
         observed = f"N = {selection.n}, M = {selection.m}, B = {batch}, Hs = {heads}"

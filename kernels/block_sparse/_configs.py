@@ -7,11 +7,13 @@ The entries are the largest tiles that ptxas compiles without spilling;
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
 
 import torch
 import triton
 
-from attnbench.kernels.flash._configs import Config, Kernel, _units
+from attnbench.kernels.flash._configs import Config, Kernel, matrix_units
 from attnbench.kernels.flash._configs import choose as choose_dense
 
 _SMALLER: Mapping[tuple[Kernel, str, int], Config] = {
@@ -54,7 +56,7 @@ def choose(
     if dtype is torch.float32:
         most = _SMALLER_32_BIT.get((kernel, width))
     else:
-        key = kernel, _units(capability), width
+        key = kernel, matrix_units(capability), width
         most = _SMALLER_WITH_VECTORS.get(key) if vectors else None
         most = most or _SMALLER.get(key)
     if most is None:
@@ -63,6 +65,21 @@ def choose(
     whole = (block_m, block_n) == (most.block_m, most.block_n)
     warps = most.num_warps if whole else dense.num_warps
     return Config(block_m, block_n, warps, min(dense.num_stages, most.num_stages))
+
+
+@lru_cache(maxsize=256)
+def candidates(default: Config) -> tuple[Config, ...]:
+    """The configurations to tune among, the default first: it with other warps, stages, or half a tile.
+
+    Half a tile divides a block wherever the whole one does.
+    """
+    fewer_queries = replace(default, block_m=max(16, default.block_m // 2))
+    fewer_keys = replace(default, block_n=max(16, default.block_n // 2))
+    others = [replace(default, num_warps=12 - default.num_warps)]  # the other one of four and eight
+    others += [replace(default, num_stages=max(1, default.num_stages + step)) for step in (-1, 1)]
+    others += [fewer_queries, fewer_keys]
+    others += [replace(half, num_warps=4) for half in (fewer_queries, fewer_keys)]
+    return tuple(dict.fromkeys((default, *others)))
 
 
 def _fitting(block: int) -> int:

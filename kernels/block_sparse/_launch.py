@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,13 @@ from torch import Tensor
 
 from attnbench.kernels.block_sparse._backward import backward_kv, backward_q
 from attnbench.kernels.block_sparse._blocks import entries_below, partition, unmasked_blocks
-from attnbench.kernels.block_sparse._configs import choose
+from attnbench.kernels.block_sparse._configs import candidates, choose
 from attnbench.kernels.block_sparse._device import Columns, Extent, Lists, Rows
 from attnbench.kernels.block_sparse._forward import forward
 from attnbench.kernels.flash._configs import Config, Kernel
-from attnbench.kernels.flash._launch import LOG2E, Call, Launch, Options, RowTerms, _view
+from attnbench.kernels.flash._launch import LOG2E, Call, Launch, Options, RowTerms, view
 from attnbench.kernels.selection import Selection
+from attnbench.kernels.tuning import pick
 
 
 @dataclass(frozen=True)
@@ -47,18 +49,33 @@ class BlockCall:
         sel = self.selection
         return Extent(sel.n, sel.m, sel.block_q, sel.block_k, h, h // kv_heads)
 
-    def _tiles(self, kernel: Kernel) -> tuple[Config, dict[str, Any]]:
-        """Tiles that divide the blocks, or as many as cover one, and the constants that depend on them."""
+    def _tuned(self, kernel: Kernel, build: Callable[[Config], Launch]) -> Launch:
+        """The launch with the default tiles, which divide the blocks or cover one, or with tuned ones."""
         sel = self.selection
         d = max(self.q.shape[3], self.v.shape[3])
         vectors = self.key_bias is not None or self._positioned
-        config = choose(kernel, self.capability, d, self.q.dtype, sel.block_q, sel.block_k, vectors)
-        constants = self._dense._constants(config) | {
+        default = choose(kernel, self.capability, d, self.q.dtype, sel.block_q, sel.block_k, vectors)
+        widths = (max(16, triton.next_power_of_2(x.shape[3])) for x in (self.q, self.v))
+        lengths = (triton.next_power_of_2(max(x, 1)) for x in (sel.n, sel.m, sel.indices.shape[-1]))
+        group = self.q.shape[1] // self.k.shape[1]
+        options = sel.block_q, sel.block_k, group, self.causal, vectors
+        config = pick(
+            op="block_sparse",
+            kernel=kernel,
+            key=(self.capability, str(self.q.dtype), *widths, *lengths, *options),
+            candidates=candidates(default),
+            launch=lambda config: build(config).run,
+            device=self.q.device,
+        )
+        return build(config)
+
+    def _constants(self, config: Config) -> dict[str, Any]:
+        sel = self.selection
+        return self._dense._constants(config) | {
             "Q_TILES": triton.cdiv(sel.block_q, config.block_m),
             "K_TILES": triton.cdiv(sel.block_k, config.block_n),
             "CAUSAL": self.causal,
         }
-        return config, constants
 
     def _key_edges(self, config: Config) -> dict[str, bool]:
         """Whether tiles of keys are cut: by the end of every block, by the end of the sequence."""
@@ -72,15 +89,15 @@ class BlockCall:
 
     def _per_token(self) -> tuple[Rows, Columns]:
         return (
-            Rows(_view(self.q_pos), _view(self.row_threshold)),
-            Columns(_view(self.k_pos), _view(self.key_bias)),
+            Rows(view(self.q_pos), view(self.row_threshold)),
+            Columns(view(self.k_pos), view(self.key_bias)),
         )
 
     def _lists(self, selection: Selection, split: Tensor | None, indices: Tensor | None = None) -> Lists:
         b, h = self.q.shape[:2]
         indices = (selection.indices if indices is None else indices).contiguous()
         views = (
-            None if x is None else _view(x.expand(b, *(-1,) * (x.dim() - 1)))
+            None if x is None else view(x.expand(b, *(-1,) * (x.dim() - 1)))
             for x in (indices, selection.counts, split)
         )
         return Lists(*views, h // selection.counts.shape[1])
@@ -112,12 +129,15 @@ class BlockCall:
 
     def forward(self, o: Tensor, lse: Tensor, lse_log2: Tensor) -> Launch:
         """Write o, lse and, for the backward kernels, lse in log 2."""
-        config, constants = self._tiles("forward")
-        tiles = self.selection.query_blocks * constants["Q_TILES"]
-        args = (_view(self.q), _view(self.k), _view(self.v), _view(o), lse, lse_log2, self._key_lists())
-        args += (*self._per_token(), self._extent, self.scale * LOG2E, tiles)
-        constants |= self._key_edges(config)
-        return Launch(forward, tiles * self._dense.heads, args, constants)
+        args = (view(self.q), view(self.k), view(self.v), view(o), lse, lse_log2, self._key_lists())
+        args += (*self._per_token(), self._extent, self.scale * LOG2E)
+
+        def build(config: Config) -> Launch:
+            constants = self._constants(config) | self._key_edges(config)
+            tiles = self.selection.query_blocks * constants["Q_TILES"]
+            return Launch(forward, tiles * self._dense.heads, (*args, tiles), constants)
+
+        return self._tuned("forward", build)
 
     def row_terms(
         self, do: Tensor, o: Tensor, d_lse: Tensor | None, lse_log2: Tensor, delta: Tensor
@@ -127,23 +147,29 @@ class BlockCall:
 
     def backward_q(self, do: Tensor, lse_log2: Tensor, delta: Tensor, dq: Tensor) -> Launch:
         """Write dq."""
-        config, constants = self._tiles("backward_q")
-        tiles = self.selection.query_blocks * constants["Q_TILES"]
-        args = (_view(self.q), _view(self.k), _view(self.v), _view(do), _view(dq), lse_log2, delta)
-        args += (self._key_lists(), *self._per_token(), self._extent)
-        args += (self.scale * LOG2E, self.scale, tiles)
-        constants |= self._key_edges(config)
-        return Launch(backward_q, tiles * self._dense.heads, args, constants)
+        args = (view(self.q), view(self.k), view(self.v), view(do), view(dq), lse_log2, delta)
+        args += (self._key_lists(), *self._per_token(), self._extent, self.scale * LOG2E, self.scale)
+
+        def build(config: Config) -> Launch:
+            constants = self._constants(config) | self._key_edges(config)
+            tiles = self.selection.query_blocks * constants["Q_TILES"]
+            return Launch(backward_q, tiles * self._dense.heads, (*args, tiles), constants)
+
+        return self._tuned("backward_q", build)
 
     def backward_kv(
         self, do: Tensor, lse_log2: Tensor, delta: Tensor, dk: Tensor, dv: Tensor, d_bias: Tensor | None
     ) -> Launch:
         """Write dk, dv and, where it is given, the gradient (B, H, M) of the key bias in fp32."""
-        config, constants = self._tiles("backward_kv")
-        tiles = self.selection.key_blocks * constants["K_TILES"]
-        args = (_view(self.q), _view(self.k), _view(self.v), _view(do), _view(dk), _view(dv), _view(d_bias))
+        sel = self.selection
+        args = (view(self.q), view(self.k), view(self.v), view(do), view(dk), view(dv), view(d_bias))
         args += (lse_log2, delta, self._query_lists(), *self._per_token(), self._extent)
-        args += (self.scale * LOG2E, self.scale, tiles)
-        ragged = self.selection.block_q % config.block_m or self.selection.n % self.selection.block_q
-        constants["RAGGED_Q"] = ragged != 0
-        return Launch(backward_kv, tiles * self.k.shape[0] * self.k.shape[1], args, constants)
+        args += (self.scale * LOG2E, self.scale)
+
+        def build(config: Config) -> Launch:
+            constants = self._constants(config)
+            constants["RAGGED_Q"] = (sel.block_q % config.block_m or sel.n % sel.block_q) != 0
+            tiles = sel.key_blocks * constants["K_TILES"]
+            return Launch(backward_kv, tiles * self.k.shape[0] * self.k.shape[1], (*args, tiles), constants)
+
+        return self._tuned("backward_kv", build)

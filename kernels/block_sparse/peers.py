@@ -13,7 +13,7 @@ from torch import Tensor
 
 from attnbench.kernels.backends import Unsupported
 from attnbench.kernels.block_sparse._blocks import unmasked_blocks
-from attnbench.kernels.flash.peers import _flex_function, _score_mod
+from attnbench.kernels.flash.peers import _score_mod, flex_function
 from attnbench.kernels.selection import Selection
 
 _BLOCK_MASKS: WeakKeyDictionary[Selection, dict[tuple[bool, int], Any]] = WeakKeyDictionary()
@@ -54,7 +54,7 @@ def flex(
     blocks = selection.block_q, selection.block_k
     if q.device.type == "cuda" and any(block % TILE for block in blocks):
         raise Unsupported("block_sparse/flex on CUDA", f"blocks of {blocks}", f"multiples of {TILE}")
-    o, aux = _flex_function(q.device.type)(
+    o, aux = flex_function(q.device.type)(
         q,
         k,
         v,

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnbench.kernels.flash.torch import _scores, _softmax_product
+from attnbench.kernels._attention import scaled_scores, softmax_product
 from attnbench.kernels.selection import Selection
 
 CHUNK_SCORES = 2**25
@@ -118,7 +118,7 @@ def _attend(
     keys, bias = (None if x is None else lists.gather(x, at).unsqueeze(-2) for x in columns)
     q, k, v = q_blocks[:, :, at], lists.gather(k_blocks, at), lists.gather(v_blocks, at)
     blocks = q.shape[:3]
-    scores = _scores(q.flatten(0, 2).unsqueeze(1), k.flatten(0, 2).unsqueeze(1), scale)
+    scores = scaled_scores(q.flatten(0, 2).unsqueeze(1), k.flatten(0, 2).unsqueeze(1), scale)
     mask = lists.exists[:, :, at].flatten(3, 4).unsqueeze(-2)
     if keys is not None:
         mask = mask & (keys <= queries)
@@ -128,5 +128,5 @@ def _attend(
         scores = scores.add_(bias.flatten(0, 2).unsqueeze(1))
     mask = mask.expand(*blocks, *scores.shape[2:]).flatten(0, 2).unsqueeze(1)
     scores = scores.masked_fill_(~mask, -math.inf)
-    o, lse = _softmax_product(scores, v.flatten(0, 2).unsqueeze(1), None)
+    o, lse = softmax_product(scores, v.flatten(0, 2).unsqueeze(1), None)
     return o.squeeze(1).unflatten(0, blocks), lse.squeeze(1).unflatten(0, blocks)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from attnbench.kernels._attention import capability, check_tensors, empty, near, reduced
 from attnbench.kernels.aot import AotCase
 from attnbench.kernels.backends import Unsupported
 from attnbench.kernels.block_sparse._launch import BlockCall
-from attnbench.kernels.flash._configs import MAX_HEAD_DIM
-from attnbench.kernels.flash._launch import capability
-from attnbench.kernels.flash.triton import DTYPES, _empty, _near, _reduced
 from attnbench.kernels.selection import Selection
 
 
@@ -38,19 +36,12 @@ def block_sparse(
     smaller than 16 pays for 16. Raises Unsupported for another dtype, D or Dv beyond 256, or a selection on
     another device.
     """
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dtype not in DTYPES:
-            raise Unsupported(f"block_sparse/triton dtype of {name}", x.dtype, "float16, bfloat16 or float32")
-        if x.dtype is not q.dtype or x.device != q.device:
-            here, there = f"{x.dtype} on {x.device}", f"{q.dtype} on {q.device} as q"
-            raise Unsupported(f"block_sparse/triton {name}", here, there)
-        if not 1 <= x.shape[-1] <= MAX_HEAD_DIM:
-            raise Unsupported(f"block_sparse/triton head dim of {name}", x.shape[-1], f"1 to {MAX_HEAD_DIM}")
+    check_tensors("block_sparse", {"q": q, "k": k, "v": v})
     if selection.indices.device != q.device:
         raise Unsupported("block_sparse/triton selection", selection.indices.device, f"{q.device} as q")
     q_pos, k_pos = (None if x is None else x.to(torch.int32) for x in (q_pos, k_pos))
     return _BlockSparse.apply(
-        _near(q), _near(k), _near(v), key_bias, row_threshold, q_pos, k_pos, selection, causal, scale
+        near(q), near(k), near(v), key_bias, row_threshold, q_pos, k_pos, selection, causal, scale
     )
 
 
@@ -60,7 +51,7 @@ class _BlockSparse(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, key_bias, row_threshold, q_pos, k_pos, selection, causal, scale):
         call = _call(q, k, v, key_bias, row_threshold, q_pos, k_pos, selection, causal, scale)
-        o = _empty(q, v.shape[3])
+        o = empty(q, v.shape[3])
         lse, lse_log2 = (torch.empty(q.shape[:3], device=q.device, dtype=torch.float32) for _ in range(2))
         with torch.cuda.device_of(q):
             call.forward(o, lse, lse_log2).run()
@@ -76,7 +67,7 @@ class _BlockSparse(torch.autograd.Function):
         if do is None and d_lse is None:
             return (None,) * 10
         q, k, v, key_bias = inputs[:4]
-        do = _near(o.new_zeros(()).expand(o.shape) if do is None else do)
+        do = near(o.new_zeros(()).expand(o.shape) if do is None else do)
         call = _call(*inputs, *ctx.options)
         needs_q, needs_k, needs_v, needs_bias = ctx.needs_input_grad[:4]
         delta = torch.empty_like(lse_log2)
@@ -84,14 +75,14 @@ class _BlockSparse(torch.autograd.Function):
         with torch.cuda.device_of(q):
             call.row_terms(do, o, d_lse, lse_log2, delta).run()
             if needs_q:
-                dq = _empty(q, q.shape[3])
+                dq = empty(q, q.shape[3])
                 call.backward_q(do, lse_log2, delta, dq).run()
             if needs_k or needs_v or needs_bias:
-                dk, dv = _empty(k, k.shape[3]), _empty(v, v.shape[3])
+                dk, dv = empty(k, k.shape[3]), empty(v, v.shape[3])
                 if needs_bias:
                     d_bias = torch.empty(call.key_bias.shape, device=q.device, dtype=torch.float32)
                 call.backward_kv(do, lse_log2, delta, dk, dv, d_bias).run()
-        return dq, dk, dv, _reduced(d_bias, key_bias), *(None,) * 6
+        return dq, dk, dv, reduced(d_bias, key_bias), *(None,) * 6
 
 
 def _call(q, k, v, key_bias, row_threshold, q_pos, k_pos, selection, causal, scale) -> BlockCall:

@@ -12,6 +12,9 @@ import math
 from torch import Tensor, exp, isneginf, logaddexp, zeros
 
 from attnbench.kernels.backends import Op
+from attnbench.kernels.flash.mask import Mask, RelativeBias
+
+__all__ = ["OP", "Mask", "RelativeBias", "flash", "merge", "padding_bias"]
 
 OP = Op(
     "flash",
@@ -24,6 +27,11 @@ OP = Op(
         "sdpa_efficient": "attnbench.kernels.flash.peers:sdpa_efficient",
         "sdpa_cudnn": "attnbench.kernels.flash.peers:sdpa_cudnn",
         "flex": "attnbench.kernels.flash.peers:flex",
+        "flash_attn": "attnbench.kernels.flash.library_peers:flash_attn",
+        "flash_attn3": "attnbench.kernels.flash.library_peers:flash_attn3",
+        "flash_attn4": "attnbench.kernels.flash.library_peers:flash_attn4",
+        "xformers": "attnbench.kernels.flash.library_peers:xformers",
+        "flashinfer": "attnbench.kernels.flash.library_peers:flashinfer",
     },
     auto={"cuda": ("triton", "torch"), "cpu": ("torch",)},
 )
@@ -37,15 +45,17 @@ def flash(
     causal: bool = False,
     window: tuple[int, int] | None = None,
     q_pos: Tensor | None = None,
+    mask: Mask | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     key_bias: Tensor | None = None,
     bias: Tensor | None = None,
+    rel_bias: RelativeBias | None = None,
     sink: Tensor | None = None,
     need_lse: bool = True,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
-    """Softmax attention o = softmax(s) v with s = cap(scale·q kᵀ) + bias + key_bias, over the visible keys.
+    """Softmax attention o = softmax(s) v with s = cap(scale·q kᵀ) + biases, over the visible keys.
 
     Args:
         q: (B, H, N, D), fp16, bf16, fp32 (``reference`` and ``torch`` also fp64). Any strides.
@@ -55,10 +65,13 @@ def flash(
             (the last query sees the last key).
         window: (left, right), −1 for unbounded: key j is visible iff pos_i − left ≤ j ≤ pos_i + right.
         q_pos: (N,) int32, non-decreasing: the position of each query on the axis of the keys.
+        mask: further visibility by integers per token (segments, blocks, frames, global tokens, …); a key is
+            visible iff ``causal``, ``window`` and the mask all say so. Tiles that it hides are skipped.
         scale: multiplier of the scores, 1/√D by default.
         softcap: cap > 0 replaces s by cap·tanh(s/cap), before any bias and mask.
         key_bias: broadcastable to (B, H, M), added to the scores of a key; −inf removes it.
-        bias: broadcastable to (B, H, N, M), added to the scores. Both biases receive gradients.
+        bias: broadcastable to (B, H, N, M), added to the scores.
+        rel_bias: a table by relative position, read inside the kernel. All three biases receive gradients.
         sink: broadcastable to (B, H, N): an extra term e^sink in a row's denominator. Not part of lse.
         need_lse: False lets a peer that cannot return lse serve the call; lse is then None.
         backend: ``auto``, or one of ``OPS["flash"].backends``.
@@ -81,10 +94,12 @@ def flash(
         causal=causal,
         window=window,
         q_pos=q_pos,
+        mask=mask,
         scale=1.0 / math.sqrt(q.shape[-1]) if scale is None else scale,
         softcap=softcap,
         key_bias=key_bias,
         bias=bias,
+        rel_bias=rel_bias,
         sink=sink,
         need_lse=need_lse,
     )

@@ -15,11 +15,14 @@ from attnbench.kernels.flash._device import (
     add_biases,
     head_pointer,
     key_segments,
+    listed_segments,
     load_tile,
     positions,
     query_segments,
+    relative_index,
     store_tile,
     tanh,
+    tile_start,
     visible,
 )
 
@@ -59,7 +62,8 @@ def row_terms(
 
 @triton.jit
 def _probabilities(
-    dot, row_lse, pos, i, j, b, h, key_bias, bias, extent, score, EDGE: tl.constexpr
+    dot, row_lse, pos, i, j, b, h, key_bias, bias, rel, tests, extent, score,
+    CLAUSES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
     """Turn q·k into p and the derivative of the soft-cap (1 without), in the orientation of the indices."""
     slope = 1.0
@@ -68,32 +72,34 @@ def _probabilities(
         t = tanh(s)
         s = t * score.cap_log2
         slope = 1.0 - t * t
-    s = add_biases(s, i, j, b, h, extent, key_bias, bias)
+    s = add_biases(s, i, j, b, h, extent, key_bias, bias, rel)
     if EDGE:
-        s = tl.where(visible(pos, j, extent), s, -float("inf"))
+        s = tl.where(visible(pos, i, j, b, h, extent, tests, CLAUSES), s, -float("inf"))
     return tl.exp2(s - row_lse), slope
 
 
 @triton.jit
 def _accumulate_dq(
-    dq, q_tile, do_tile, row_lse, row_delta, row_gate, pos, start_q, lo, hi, k, v, key_bias, bias, d_bias,
-    b, h, extent, score,
+    dq, q_tile, do_tile, row_lse, row_delta, row_gate, pos, start_q, lo, hi, entries, k, v, key_bias, bias,
+    rel, d_bias, d_table, tests, b, h, extent, score,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CLAUSES: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Add Σ ds k over the keys lo..hi, and write ds itself where the bias asks for its gradient."""
+    """Add Σ ds k over the keys lo..hi, and hand ds itself to the gradients of the biases of pairs."""
     k_head = head_pointer(k, b, h // extent.group)
     v_head = head_pointer(v, b, h // extent.group)
     i = start_q + tl.arange(0, BLOCK_M)[:, None]
-    for start in range(lo, hi, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
+    for at in range(lo, hi, BLOCK_N):
+        start = tile_start(entries, at, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)[None, :]
         k_tile = load_tile(k_head, k, start, extent.m, D, BLOCK_N, BLOCK_D, EDGE)
         v_tile = load_tile(v_head, v, start, extent.m, DV, BLOCK_N, BLOCK_DV, EDGE)
         qk = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
         p, slope = _probabilities(
-            qk, row_lse[:, None], pos[:, None], i, j, b, h, key_bias, bias, extent, score, EDGE
-        )
+            qk, row_lse[:, None], pos[:, None], i, j, b, h, key_bias, bias, rel, tests, extent, score,
+            CLAUSES, EDGE,
+        )  # fmt: skip
         dp = tl.dot(do_tile, v_tile.T, input_precision=PRECISION)
         if row_gate is not None:
             dp *= row_gate[:, None]
@@ -101,6 +107,13 @@ def _accumulate_dq(
         if d_bias is not None:
             target = head_pointer(d_bias, b, h) + i.to(tl.int64) * d_bias.n + j.to(tl.int64) * d_bias.d
             tl.store(target, ds, mask=(i < extent.n) & (j < extent.m))
+        if d_table is not None:
+            index, listed = relative_index(rel, i, j, extent)
+            counted = listed & (i < extent.n) & (j < extent.m)
+            units = (ds * tl.load(d_table.unit)).to(tl.int64)
+            copy = tl.program_id(0) % d_table.copies
+            sums = d_table.sums + (copy * extent.heads + h).to(tl.int64) * rel.size
+            tl.atomic_add(sums + index, units, mask=counted, sem="relaxed")
         ds *= slope
         dq = tl.dot(ds.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
     return dq
@@ -108,14 +121,16 @@ def _accumulate_dq(
 
 @triton.jit
 def backward_q(
-    q, k, v, do, dq, lse_log2, delta, gate, key_bias, bias, d_bias, q_pos, extent, score, tiles,
+    q, k, v, do, dq, lse_log2, delta, gate, key_bias, bias, rel, d_bias, d_table, q_pos, tests, lists,
+    extent, score, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNEVEN: tl.constexpr, PRECISION: tl.constexpr,
+    CLAUSES: tl.constexpr,
 ):  # fmt: skip
     """Write dq of one query tile of one head and ds of its pairs to ``d_bias`` (fp32, zeroed) if given."""
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
-    if extent.right is not None:
+    if extent.right is not None or lists is not None:
         tile = tiles - 1 - tile
     b = bh // extent.heads
     h = bh % extent.heads
@@ -130,34 +145,41 @@ def backward_q(
     q_tile = load_tile(head_pointer(q, b, h), q, start_q, extent.n, D, BLOCK_M, BLOCK_D, True)
     do_tile = load_tile(head_pointer(do, b, h), do, start_q, extent.n, DV, BLOCK_M, BLOCK_DV, True)
     pos, first, last = positions(q_pos, start_q, extent, BLOCK_M)
-    lo, full_lo, full_hi, hi = key_segments(first, last, extent, BLOCK_N)
+    entries = None
+    if lists is None:
+        lo, full_lo, full_hi, hi = key_segments(first, last, extent, BLOCK_N)
+    else:
+        entries, full_hi, hi = listed_segments(lists, b, h, tile, BLOCK_N)
+        lo = 0
+        full_lo = 0
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if extent.left is not None:
         acc = _accumulate_dq(
             acc, q_tile, do_tile, row_lse, row_delta, row_gate, pos, start_q, lo, tl.minimum(full_lo, hi),
-            k, v, key_bias, bias, d_bias, b, h, extent, score,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, True,
+            entries, k, v, key_bias, bias, rel, d_bias, d_table, tests, b, h, extent, score,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CLAUSES, True,
         )  # fmt: skip
     acc = _accumulate_dq(
         acc, q_tile, do_tile, row_lse, row_delta, row_gate, pos, start_q, full_lo, full_hi,
-        k, v, key_bias, bias, d_bias, b, h, extent, score,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, False,
+        entries, k, v, key_bias, bias, rel, d_bias, d_table, tests, b, h, extent, score,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CLAUSES, False,
     )  # fmt: skip
-    if extent.right is not None or UNEVEN:
+    if extent.right is not None or UNEVEN or lists is not None:
         acc = _accumulate_dq(
             acc, q_tile, do_tile, row_lse, row_delta, row_gate, pos, start_q, full_hi, hi,
-            k, v, key_bias, bias, d_bias, b, h, extent, score,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, True,
+            entries, k, v, key_bias, bias, rel, d_bias, d_table, tests, b, h, extent, score,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CLAUSES, True,
         )  # fmt: skip
     store_tile(head_pointer(dq, b, h), dq, start_q, extent.n, acc * score.outer, D, BLOCK_M, BLOCK_D)
 
 
 @triton.jit
 def _accumulate_dkv(
-    dk, dv, d_keys, k_tile, v_tile, start_k, lo, hi, q, do, lse_log2, delta, gate, key_bias, bias, q_pos,
-    d_key_bias, b, first_head, extent, score,
+    dk, dv, d_keys, k_tile, v_tile, start_k, lo, hi, entries, q, do, lse_log2, delta, gate, key_bias, bias,
+    rel, q_pos, d_key_bias, tests, b, first_head, extent, score,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, EDGE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr, CLAUSES: tl.constexpr,
+    EDGE: tl.constexpr,
 ):  # fmt: skip
     """Add Σ ds q, Σ p do and Σ ds over the queries lo..hi of a group's heads; tiles are keys by queries.
 
@@ -168,7 +190,7 @@ def _accumulate_dkv(
     divisor = tl.maximum(tiles, 1)  # the pipeline computes the first addresses even of an empty loop
     for step in range(0, tiles * extent.group):
         h = first_head + step // divisor
-        start = tl.multiple_of(lo + step % divisor * BLOCK_M, BLOCK_M)
+        start = tile_start(entries, lo + step % divisor * BLOCK_M, BLOCK_M)
         rows = start + tl.arange(0, BLOCK_M)
         row = (b * extent.heads + h).to(tl.int64) * extent.n + rows
         if EDGE:
@@ -182,8 +204,9 @@ def _accumulate_dkv(
         kq = tl.dot(k_tile, q_tile.T, input_precision=PRECISION)
         pos, _, _ = positions(q_pos, start, extent, BLOCK_M)
         p, slope = _probabilities(
-            kq, row_lse[None, :], pos[None, :], rows[None, :], j, b, h, key_bias, bias, extent, score, EDGE
-        )
+            kq, row_lse[None, :], pos[None, :], rows[None, :], j, b, h, key_bias, bias, rel, tests,
+            extent, score, CLAUSES, EDGE,
+        )  # fmt: skip
         dp = tl.dot(v_tile, do_tile.T, input_precision=PRECISION)
         weights = p
         if gate is not None:
@@ -201,10 +224,11 @@ def _accumulate_dkv(
 
 @triton.jit
 def backward_kv(
-    q, k, v, do, dk, dv, lse_log2, delta, gate, key_bias, d_key_bias, bias, q_pos, q_ranges,
-    extent, score, tiles,
+    q, k, v, do, dk, dv, lse_log2, delta, gate, key_bias, d_key_bias, bias, rel, q_pos, q_ranges, tests,
+    lists, extent, score, tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, UNEVEN: tl.constexpr, PRECISION: tl.constexpr,
+    CLAUSES: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv of one key tile of one key head, summed over its group of query heads.
 
@@ -218,26 +242,32 @@ def backward_kv(
     start_k = tile * BLOCK_N
     k_tile = load_tile(head_pointer(k, b, g), k, start_k, extent.m, D, BLOCK_N, BLOCK_D, True)
     v_tile = load_tile(head_pointer(v, b, g), v, start_k, extent.m, DV, BLOCK_N, BLOCK_DV, True)
-    lo, full_lo, full_hi, hi = query_segments(start_k, q_ranges, tile, tiles, extent, BLOCK_M, BLOCK_N)
+    entries = None
+    if lists is None:
+        lo, full_lo, full_hi, hi = query_segments(start_k, q_ranges, tile, tiles, extent, BLOCK_M, BLOCK_N)
+    else:
+        entries, full_hi, hi = listed_segments(lists, b, g, tile, BLOCK_M)
+        lo = 0
+        full_lo = 0
     dk_acc = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv_acc = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     d_keys = tl.zeros([BLOCK_N], tl.float32)
     if extent.right is not None:
         dk_acc, dv_acc, d_keys = _accumulate_dkv(
-            dk_acc, dv_acc, d_keys, k_tile, v_tile, start_k, lo, tl.minimum(full_lo, hi), q, do,
-            lse_log2, delta, gate, key_bias, bias, q_pos, d_key_bias, b, h, extent, score,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, True,
+            dk_acc, dv_acc, d_keys, k_tile, v_tile, start_k, lo, tl.minimum(full_lo, hi), entries, q, do,
+            lse_log2, delta, gate, key_bias, bias, rel, q_pos, d_key_bias, tests, b, h, extent, score,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CLAUSES, True,
         )  # fmt: skip
     dk_acc, dv_acc, d_keys = _accumulate_dkv(
-        dk_acc, dv_acc, d_keys, k_tile, v_tile, start_k, full_lo, full_hi, q, do,
-        lse_log2, delta, gate, key_bias, bias, q_pos, d_key_bias, b, h, extent, score,
-        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, False,
+        dk_acc, dv_acc, d_keys, k_tile, v_tile, start_k, full_lo, full_hi, entries, q, do,
+        lse_log2, delta, gate, key_bias, bias, rel, q_pos, d_key_bias, tests, b, h, extent, score,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CLAUSES, False,
     )  # fmt: skip
-    if extent.left is not None or UNEVEN:
+    if extent.left is not None or UNEVEN or lists is not None:
         dk_acc, dv_acc, d_keys = _accumulate_dkv(
-            dk_acc, dv_acc, d_keys, k_tile, v_tile, start_k, full_hi, hi, q, do,
-            lse_log2, delta, gate, key_bias, bias, q_pos, d_key_bias, b, h, extent, score,
-            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, True,
+            dk_acc, dv_acc, d_keys, k_tile, v_tile, start_k, full_hi, hi, entries, q, do,
+            lse_log2, delta, gate, key_bias, bias, rel, q_pos, d_key_bias, tests, b, h, extent, score,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, PRECISION, CLAUSES, True,
         )  # fmt: skip
     if d_key_bias is not None:
         keys = start_k + tl.arange(0, BLOCK_N)

@@ -36,6 +36,39 @@ class Extent(NamedTuple):
     right: int | None
 
 
+class Tests(NamedTuple):
+    """The tests of a mask, (B, H, M, T) and twice (B, H, N, T): codes of keys, bounds of queries."""
+
+    code: View
+    low: View
+    high: View
+
+
+class Lists(NamedTuple):
+    """Which tiles to visit, (B, H, T, T'), and (B, H, T, 2) how many are seen wholly and how many at all."""
+
+    indices: View
+    counts: View
+
+
+class Relative(NamedTuple):
+    """A table (H, size) of biases in fp32, its stride over heads, the codes whose differences index it."""
+
+    table: Any
+    stride: int
+    size: int
+    q_code: Any
+    k_code: Any
+
+
+class TableSums(NamedTuple):
+    """Where the gradient of a table is summed: (copies, H, size) int64, as multiples of 1/unit."""
+
+    sums: Any
+    copies: int
+    unit: Any
+
+
 class Score(NamedTuple):
     """Multipliers of a call: of q·k on its way into exp2 or tanh, of the capped score, and of dq and dk."""
 
@@ -91,8 +124,20 @@ def tanh(x):
 
 
 @triton.jit
-def add_biases(s_log2, i, j, b, h, extent, key_bias, bias):
+def relative_index(rel, i, j, extent):
+    """Place in the table of queries i and keys j, which exist, and whether it is in the table."""
+    index = tl.load(rel.q_code + tl.minimum(i, extent.n - 1)) - tl.load(
+        rel.k_code + tl.minimum(j, extent.m - 1)
+    )
+    return index, (index >= 0) & (index < rel.size)
+
+
+@triton.jit
+def add_biases(s_log2, i, j, b, h, extent, key_bias, bias, rel):
     """Add the biases of queries i and keys j, index tensors that broadcast to the shape of the scores."""
+    if rel is not None:
+        index, listed = relative_index(rel, i, j, extent)
+        s_log2 += tl.load(rel.table + h * rel.stride + index, mask=listed, other=0.0) * LOG2E
     j = tl.minimum(j, extent.m - 1).to(tl.int64)  # clamped rather than masked: the scores are masked later
     if key_bias is not None:
         s_log2 += tl.load(head_pointer(key_bias, b, h) + j * key_bias.n).to(tl.float32) * LOG2E
@@ -103,14 +148,55 @@ def add_biases(s_log2, i, j, b, h, extent, key_bias, bias):
 
 
 @triton.jit
-def visible(pos, j, extent):
-    """Whether key j exists and is visible from position pos, for tensors that broadcast to the scores."""
-    seen = j < extent.m
-    if extent.right is not None:
-        seen = seen & (j <= pos + extent.right)
-    if extent.left is not None:
-        seen = seen & (j >= pos - extent.left)
+def admitted(tests, b, h, i, j, extent, CLAUSES: tl.constexpr):
+    """Whether key j exists and passes every test of some clause for query i; i, j as of the scores."""
+    code = head_pointer(tests.code, b, h) + tl.minimum(j, extent.m - 1) * tests.code.n
+    row = tl.minimum(i, extent.n - 1)
+    low = head_pointer(tests.low, b, h) + row * tests.low.n
+    high = head_pointer(tests.high, b, h) + row * tests.high.n
+    seen = j < 0
+    for clause in tl.static_range(len(CLAUSES)):
+        inside = j < extent.m
+        for place in tl.static_range(len(CLAUSES[clause])):
+            found = tl.load(code + CLAUSES[clause][place] * tests.code.d)
+            inside = inside & (found >= tl.load(low + CLAUSES[clause][place] * tests.low.d))
+            inside = inside & (found <= tl.load(high + CLAUSES[clause][place] * tests.high.d))
+        seen = seen | inside
     return seen
+
+
+@triton.jit
+def visible(pos, i, j, b, h, extent, tests, CLAUSES: tl.constexpr):
+    """Whether key j exists and is seen by query i, which is at ``pos``; index tensors as of the scores."""
+    if tests is not None:
+        return admitted(tests, b, h, i, j, extent, CLAUSES)
+    else:
+        seen = j < extent.m
+        if extent.right is not None:
+            seen = seen & (j <= pos + extent.right)
+        if extent.left is not None:
+            seen = seen & (j >= pos - extent.left)
+        return seen
+
+
+@triton.jit
+def listed_segments(lists, b, h, tile, BLOCK: tl.constexpr):
+    """The list of a tile as a pointer, and the ranges of a loop over it as :func:`segments` has them.
+
+    In units of BLOCK an entry, so that a loop over a list and one over a sequence are the same.
+    """
+    entries = head_pointer(lists.indices, b, h) + tile.to(tl.int64) * lists.indices.n
+    counts = head_pointer(lists.counts, b, h) + tile * lists.counts.n
+    return entries, tl.load(counts) * BLOCK, tl.load(counts + lists.counts.d) * BLOCK
+
+
+@triton.jit
+def tile_start(entries, at, BLOCK: tl.constexpr):
+    """First token of the tile at place ``at`` of a loop: of the sequence, or of a list of its tiles."""
+    if entries is None:
+        return tl.multiple_of(at, BLOCK)
+    else:
+        return tl.multiple_of(tl.load(entries + at // BLOCK) * BLOCK, BLOCK)
 
 
 @triton.jit

@@ -11,27 +11,33 @@ from attnbench.kernels.flash._device import (
     add_biases,
     head_pointer,
     key_segments,
+    listed_segments,
     load_tile,
     positions,
     store_tile,
     tanh,
+    tile_start,
     visible,
 )
 
 
 @triton.jit
 def _attend(
-    acc, total, peak, q_tile, pos, start_q, lo, hi, k, v, key_bias, bias, b, h, extent, score,
+    acc, total, peak, q_tile, pos, start_q, lo, hi, entries, k, v, key_bias, bias, rel, tests, b, h,
+    extent, score,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
-    EDGE: tl.constexpr,
+    CLAUSES: tl.constexpr, EDGE: tl.constexpr,
 ):  # fmt: skip
-    """Fold the keys lo..hi into acc, total and peak: Σ p v, Σ p and the largest score so far, per query."""
+    """Fold the keys lo..hi, of the sequence or of a list of its tiles, into acc, total and peak.
+
+    That is Σ p v, Σ p and the largest score so far, per query.
+    """
     k_head = head_pointer(k, b, h // extent.group)
     v_head = head_pointer(v, b, h // extent.group)
     i = start_q + tl.arange(0, BLOCK_M)[:, None]
-    for start in range(lo, hi, BLOCK_N):
-        start = tl.multiple_of(start, BLOCK_N)
+    for at in range(lo, hi, BLOCK_N):
+        start = tile_start(entries, at, BLOCK_N)
         j = start + tl.arange(0, BLOCK_N)[None, :]
         k_tile = load_tile(k_head, k, start, extent.m, D, BLOCK_N, BLOCK_D, EDGE)
         s = tl.dot(q_tile, k_tile.T, input_precision=PRECISION)
@@ -42,9 +48,10 @@ def _attend(
             s = s * score.inner
             if score.cap_log2 is not None:
                 s = tanh(s) * score.cap_log2
-            s = add_biases(s, i, j, b, h, extent, key_bias, bias)
+            s = add_biases(s, i, j, b, h, extent, key_bias, bias, rel)
         if EDGE:
-            s = tl.where(visible(pos[:, None], j, extent), s, -float("inf"))
+            seen = visible(pos[:, None], i, j, b, h, extent, tests, CLAUSES)
+            s = tl.where(seen, s, -float("inf"))
         new_peak = tl.maximum(peak, tl.max(s, 1) * multiplier)
         if EDGE or not RAW:  # a query that has seen no key yet: −inf − −inf would be NaN
             shift = tl.where(new_peak == -float("inf"), 0.0, new_peak)
@@ -61,43 +68,54 @@ def _attend(
 
 @triton.jit
 def forward(
-    q, k, v, o, lse, lse_log2, key_bias, bias, sink, q_pos, extent, score, tiles,
+    q, k, v, o, lse, lse_log2, key_bias, bias, rel, sink, q_pos, tests, lists, extent, score,
+    tiles,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, RAW: tl.constexpr, UNEVEN: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, CLAUSES: tl.constexpr,
 ):  # fmt: skip
     """Write o and lse of one query tile of one head, and lse in log 2 for the backward kernels.
 
     There a query without keys has lse = +∞, so that its p is 0 for any score.
 
     RAW: a positive multiplier is all that stands between q·k and exp2. UNEVEN: M is no multiple of BLOCK_N.
+    With ``lists`` the tiles of keys are those of a mask, of which the second part needs its ``tests``.
     """
     tile = tl.program_id(0) % tiles
     bh = tl.program_id(0) // tiles
-    if extent.right is not None:  # the longest rows first: the last wave is then made of short ones
+    if extent.right is not None or lists is not None:  # long rows first: short ones fill the last wave
         tile = tiles - 1 - tile
     b = bh // extent.heads
     h = bh % extent.heads
     start_q = tile * BLOCK_M
     q_tile = load_tile(head_pointer(q, b, h), q, start_q, extent.n, D, BLOCK_M, BLOCK_D, True)
     pos, first, last = positions(q_pos, start_q, extent, BLOCK_M)
-    lo, full_lo, full_hi, hi = key_segments(first, last, extent, BLOCK_N)
+    entries = None
+    if lists is None:
+        lo, full_lo, full_hi, hi = key_segments(first, last, extent, BLOCK_N)
+    else:
+        entries, full_hi, hi = listed_segments(lists, b, h, tile, BLOCK_N)
+        lo = 0
+        full_lo = 0
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     if extent.left is not None:
         acc, total, peak = _attend(
-            acc, total, peak, q_tile, pos, start_q, lo, tl.minimum(full_lo, hi), k, v, key_bias, bias,
-            b, h, extent, score, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, RAW, PRECISION, True,
+            acc, total, peak, q_tile, pos, start_q, lo, tl.minimum(full_lo, hi), entries, k, v, key_bias,
+            bias, rel, tests, b, h, extent, score,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, RAW, PRECISION, CLAUSES, True,
         )  # fmt: skip
     acc, total, peak = _attend(
-        acc, total, peak, q_tile, pos, start_q, full_lo, full_hi, k, v, key_bias, bias,
-        b, h, extent, score, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, RAW, PRECISION, False,
+        acc, total, peak, q_tile, pos, start_q, full_lo, full_hi, entries, k, v, key_bias, bias, rel, tests,
+        b, h, extent, score,
+        D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, RAW, PRECISION, CLAUSES, False,
     )  # fmt: skip
-    if extent.right is not None or UNEVEN:
+    if extent.right is not None or UNEVEN or lists is not None:
         acc, total, peak = _attend(
-            acc, total, peak, q_tile, pos, start_q, full_hi, hi, k, v, key_bias, bias,
-            b, h, extent, score, D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, RAW, PRECISION, True,
+            acc, total, peak, q_tile, pos, start_q, full_hi, hi, entries, k, v, key_bias, bias, rel, tests,
+            b, h, extent, score,
+            D, DV, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, RAW, PRECISION, CLAUSES, True,
         )  # fmt: skip
 
     rows = start_q + tl.arange(0, BLOCK_M)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnbench.kernels.flash.reference import visible_pairs
+from attnbench.kernels.flash.mask import Mask, RelativeBias
 
 T = TypeVar("T")
 
@@ -74,24 +74,57 @@ class MaskCache(Generic[T]):
 
 @dataclass(frozen=True)
 class DenseMask:
-    """A mask as bool (N, M), True where a key is visible, and whether some query sees no key."""
+    """A mask as bool (B or 1, H or 1, N, M), True where visible, and whether some query sees no key."""
 
     visible: Tensor
     has_blind_query: bool
 
 
-def _dense(where: Band, q_pos: Tensor | None) -> DenseMask:
-    window = tuple(-1 if side is None else side for side in (where.left, where.right))
-    visible = visible_pairs(where.n, where.m, causal=False, window=window, q_pos=q_pos, device=where.device)
-    return DenseMask(visible, not bool(visible.any(-1).all()))
+def _band_mask(where: Band, q_pos: Tensor | None) -> Mask:
+    """A band as a mask by positions."""
+    keys = torch.arange(where.m, device=where.device)
+    position = torch.arange(where.n, device=where.device) + (where.m - where.n) if q_pos is None else q_pos
+    # 2³⁰ is wider than any sequence, and position ± window stays a 32-bit number
+    left, right = (-1 if side is None else min(side, 2**30) for side in (where.left, where.right))
+    return Mask.window(position, keys, left=left, right=right)
 
 
-_DENSE = MaskCache(_dense)
+def _whole_mask(where: Band, q_pos: Tensor | None, mask: Mask | None) -> Mask:
+    return _band_mask(where, q_pos) if mask is None else mask & _band_mask(where, q_pos)
 
 
-def dense_mask(where: Band, q_pos: Tensor | None) -> DenseMask | None:
+_BANDS = MaskCache(partial(_whole_mask, mask=None))
+
+
+def whole_mask(where: Band, q_pos: Tensor | None, mask: Mask | None) -> Mask | None:
+    """Everything that a call says about visibility as one mask; None where every query sees every key."""
+    if where.everything:
+        return mask
+    if mask is None:
+        return _BANDS.get(where, q_pos)
+    if "band" not in mask.cache:
+        mask.cache["band"] = MaskCache(partial(_whole_mask, mask=mask))
+    return mask.cache["band"].get(where, q_pos)
+
+
+def dense_mask(where: Band, q_pos: Tensor | None, mask: Mask | None = None) -> DenseMask | None:
     """The mask as a tensor, None where every key is visible to every query."""
-    return None if where.everything else _DENSE.get(where, q_pos)
+    whole = whole_mask(where, q_pos, mask)
+    if whole is None:
+        return None
+    key = ("dense", where.n, where.m)
+    if key not in whole.cache:
+        with torch.inference_mode(False), torch.no_grad():
+            visible = whole.dense(where.n, where.m)
+            whole.cache[key] = DenseMask(visible, not bool(visible.any(-1).all()))
+    return whole.cache[key]
+
+
+def all_biases(bias: Tensor | None, rel_bias: RelativeBias | None) -> Tensor | None:
+    """The biases of pairs as one tensor that broadcasts to (B, H, N, M), for backends that read no table."""
+    if rel_bias is None:
+        return bias
+    return rel_bias.dense() if bias is None else bias + rel_bias.dense()
 
 
 def sdpa_mask(
@@ -102,7 +135,7 @@ def sdpa_mask(
     A mask alone stays bool and a bias alone stays as small as it is; together they fill an N×M tensor.
     """
     if key_bias is None and bias is None:
-        return None if visible is None else visible[None, None]
+        return visible
     terms = [
         _four_dimensional(x).to(dtype)
         for x in (None if key_bias is None else key_bias.unsqueeze(-2), bias)

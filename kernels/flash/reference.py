@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from attnbench.kernels.flash.mask import Mask, RelativeBias
+
 
 def visible_pairs(
     n: int,
@@ -42,10 +44,12 @@ def flash(
     causal: bool,
     window: tuple[int, int] | None,
     q_pos: Tensor | None,
+    mask: Mask | None,
     scale: float,
     softcap: float,
     key_bias: Tensor | None,
     bias: Tensor | None,
+    rel_bias: RelativeBias | None,
     sink: Tensor | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -59,9 +63,14 @@ def flash(
         scores = scores + bias.to(scores.dtype)
     if key_bias is not None:
         scores = scores + key_bias.to(scores.dtype).unsqueeze(-2)
-    mask = visible_pairs(*scores.shape[-2:], causal=causal, window=window, q_pos=q_pos, device=q.device)
+    if rel_bias is not None:
+        scores = scores + rel_bias.dense().to(scores.dtype)
+    n, m = scores.shape[-2:]
+    visible = visible_pairs(n, m, causal=causal, window=window, q_pos=q_pos, device=q.device)
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -math.inf)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf)
+        scores = scores.masked_fill(~mask.dense(n, m), -math.inf)
     statistics = scores.double() if scores.dtype is torch.float64 else scores.float()
     # an empty row must have zero gradients: it is set to finite scores first and to o = 0, lse = -inf last
     empty = torch.isneginf(statistics).all(-1)

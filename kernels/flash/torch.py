@@ -12,7 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnbench.kernels.flash._masks import band, dense_mask, sdpa_mask
+from attnbench.kernels._attention import scaled_scores, softmax_product
+from attnbench.kernels.flash._masks import all_biases, band, dense_mask, sdpa_mask
+from attnbench.kernels.flash.mask import Mask, RelativeBias
 
 
 def flash(
@@ -23,10 +25,12 @@ def flash(
     causal: bool,
     window: tuple[int, int] | None,
     q_pos: Tensor | None,
+    mask: Mask | None,
     scale: float,
     softcap: float,
     key_bias: Tensor | None,
     bias: Tensor | None,
+    rel_bias: RelativeBias | None,
     sink: Tensor | None,
     need_lse: bool,
 ) -> tuple[Tensor, Tensor | None]:
@@ -36,25 +40,26 @@ def flash(
     weights for the backward pass.
     """
     where = band(q, k, causal, window)
+    bias = all_biases(bias, rel_bias)
     if not need_lse and softcap <= 0 and sink is None:
         # scale 0 goes with a mask: a fused kernel multiplies the −inf of is_causal by it
         square = where.n == where.m and where.left is None and where.right == 0 and scale != 0.0
-        if square and q_pos is None and key_bias is None and bias is None:
+        if square and q_pos is None and mask is None and key_bias is None and bias is None:
             return _sdpa(q, k, v, None, True, scale), None
-        mask = dense_mask(where, q_pos)
-        attn_mask = sdpa_mask(mask and mask.visible, key_bias, bias, q.dtype)
+        dense = dense_mask(where, q_pos, mask)
+        attn_mask = sdpa_mask(dense and dense.visible, key_bias, bias, q.dtype)
         return _sdpa(q, k, v, attn_mask, False, scale), None
-    mask = dense_mask(where, q_pos)
-    scores = _scores(q, k, scale / softcap if softcap > 0 else scale)
+    dense = dense_mask(where, q_pos, mask)
+    scores = scaled_scores(q, k, scale / softcap if softcap > 0 else scale)
     if softcap > 0:
         scores = torch.tanh(scores) * softcap
     if bias is not None:
         scores = scores.add_(bias)
     if key_bias is not None:
         scores = scores.add_(key_bias.unsqueeze(-2))
-    if mask is not None:
-        scores = scores.masked_fill_(~mask.visible, -math.inf)
-    o, lse = _softmax_product(scores, v, sink)
+    if dense is not None:
+        scores = scores.masked_fill_(~dense.visible, -math.inf)
+    o, lse = softmax_product(scores, v, sink)
     return o, lse if need_lse else None
 
 
@@ -68,32 +73,3 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped
     )
-
-
-def _scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """scale·q kᵀ as (B, H, N, M) in fp32 or fp64; the query heads of a group are rows of one product."""
-    b, h, n, d = q.shape
-    kv_heads, m = k.shape[1:3]
-    rows = q.reshape(b * kv_heads, -1, d)
-    columns = k.reshape(b * kv_heads, m, d).transpose(1, 2)
-    scores = torch.baddbmm(q.new_zeros(()), rows, columns, beta=0, alpha=scale).view(b, h, n, m)
-    return scores if scores.dtype is torch.float64 else scores.float()
-
-
-def _softmax_product(scores: Tensor, v: Tensor, sink: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Turn scores, which are overwritten, into o and lse; a row of −inf gives 0, −inf and zero gradients."""
-    peak = scores.detach().amax(-1, keepdim=True)
-    peak = peak.masked_fill(torch.isneginf(peak), 0.0)  # −inf − −inf would be NaN
-    weights = scores.sub_(peak).exp_()
-    total = weights.sum(-1, keepdim=True)
-    blind = total == 0
-    total = total.masked_fill(blind, 1.0)
-    lse = (peak + total.log()).squeeze(-1)
-    share = 1.0 / total
-    if sink is not None:  # of the row's mass, the part that is not the sink's
-        share = share * torch.sigmoid(lse - sink.to(lse.dtype)).unsqueeze(-1)
-    b, h, n, m = weights.shape
-    kv_heads, dv = v.shape[1], v.shape[3]
-    rows = (weights * share).to(v.dtype).view(b * kv_heads, -1, m)
-    o = torch.bmm(rows, v.reshape(b * kv_heads, m, dv)).view(b, h, n, dv)
-    return o, lse.masked_fill(blind.squeeze(-1), -math.inf)

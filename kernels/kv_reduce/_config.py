@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import triton
 
@@ -44,6 +45,21 @@ def config(kernel: str, d: int, dv: int, itemsize: int) -> Config:
         chosen.num_warps,
         chosen.num_stages,
     )
+
+
+@lru_cache(maxsize=256)
+def candidates(kernel: str, d: int, dv: int, itemsize: int) -> tuple[Config, ...]:
+    """The configurations to tune among, the default first: it with other warps, stages, or half a tile."""
+    default = config(kernel, d, dv, itemsize)
+    halves = [
+        replace(default, block_n=max(16, default.block_n // 2)),
+        replace(default, block_k=max(16, default.block_k // 2)),
+        replace(default, block_v=max(16, default.block_v // 2)),
+    ]
+    others = [replace(default, num_warps=4)]
+    others += [replace(default, num_stages=default.num_stages + step) for step in (-1, 1)]
+    others += [*halves, replace(halves[0], num_warps=4)]
+    return tuple(dict.fromkeys((default, *others)))
 
 
 def split_length(blocks: int, programs: int, processors: int) -> int:

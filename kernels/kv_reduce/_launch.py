@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ import triton
 from torch import Tensor
 
 from attnbench.kernels._tiles import Launch, Target, dot_precision, strided
-from attnbench.kernels.kv_reduce._config import config, split_length
+from attnbench.kernels.kv_reduce._config import Config, candidates, split_length
 from attnbench.kernels.kv_reduce._kernels import feature_gradient_kernel, read_kernel, sums_kernel
+from attnbench.kernels.tuning import pick
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,25 @@ class Problem:
         """Floats of the sums of one (batch, head): KV, then z when normalised."""
         return self.d * self.dv + (self.d if self.settings.normalize else 0)
 
-    def options(self, kernel: str, dtype: torch.dtype) -> dict[str, Any]:
-        """Compile-time arguments of ``kernel``."""
-        c = config(kernel, self.d, self.dv, dtype.itemsize)
+    def options(self, kernel: str, rows: Tensor, build: Callable[[dict[str, Any]], Launch]) -> dict[str, Any]:
+        """Compile-time arguments of ``kernel`` over ``rows`` (B, H, N, ·): its default tiles or tuned ones.
+
+        ``build`` makes the launch to time from them.
+        """
+        b, heads, n, _ = rows.shape
+        sizes = triton.next_power_of_2(self.d), triton.next_power_of_2(self.dv), n.bit_length()
+        key = (self.target.capability, str(rows.dtype), *sizes, (b * heads).bit_length())
+        config = pick(
+            op="kv_reduce",
+            kernel=kernel,
+            key=(*key, self.settings.feature_map, self.settings.normalize),
+            candidates=candidates(kernel, self.d, self.dv, rows.dtype.itemsize),
+            launch=lambda config: build(self._constants(config, rows.dtype)).run,
+            device=rows.device,
+        )
+        return self._constants(config, rows.dtype)
+
+    def _constants(self, c: Config, dtype: torch.dtype) -> dict[str, Any]:
         return {
             "D": self.d,
             "DV": self.dv,
@@ -65,8 +83,23 @@ class Problem:
         scale: float,
     ) -> tuple[Launch, Tensor]:
         """The launch that fills scale·Σ φ(a) xᵀ and Σ φ(a), in parts (B·H, splits, E) to be added."""
+
+        def build(options: dict[str, Any]) -> tuple[Launch, Tensor]:
+            return self._sums(a, x, mask, inverse, d_den, scale, options)
+
+        return build(self.options("sums", a, lambda options: build(options)[0]))
+
+    def _sums(
+        self,
+        a: Tensor,
+        x: Tensor,
+        mask: Tensor | None,
+        inverse: Tensor | None,
+        d_den: Tensor | None,
+        scale: float,
+        options: dict[str, Any],
+    ) -> tuple[Launch, Tensor]:
         b, heads, n, _ = a.shape
-        options = self.options("sums", a.dtype)
         tiles = triton.cdiv(self.d, options["BK"]) * triton.cdiv(self.dv, options["BV"])
         blocks = triton.cdiv(n, options["BN"])
         per_split = split_length(blocks, b * heads * tiles, self.target.processors)
@@ -80,10 +113,15 @@ class Problem:
     ) -> Launch:
         """The launch that fills ``out`` = φ(a) KV: scaled, or divided by the den it fills where given."""
         b, heads, n, _ = a.shape
-        options = self.options("read", a.dtype) | {"EPS_ADD": self.settings.eps_mode == "add"}
-        blocks = triton.cdiv(n, options["BN"])
-        args = (*strided(a, mask), sums, out, den, heads, n, blocks, scale, self.settings.eps)
-        return Launch(read_kernel, (b * heads * blocks * triton.cdiv(self.dv, options["BV"]),), args, options)
+
+        def build(options: dict[str, Any]) -> Launch:
+            options = options | {"EPS_ADD": self.settings.eps_mode == "add"}
+            blocks = triton.cdiv(n, options["BN"])
+            args = (*strided(a, mask), sums, out, den, heads, n, blocks, scale, self.settings.eps)
+            programs = b * heads * blocks * triton.cdiv(self.dv, options["BV"])
+            return Launch(read_kernel, (programs,), args, options)
+
+        return build(self.options("read", a, build))
 
     def feature_gradient(
         self,
@@ -98,8 +136,11 @@ class Problem:
     ) -> Launch:
         """The launch that fills ``out``: dq from x = dO, or dk from x = v; u is the feature map's input."""
         b, heads, n, _ = u.shape
-        options = self.options("feature_gradient", u.dtype)
-        blocks = triton.cdiv(n, options["BN"])
-        args = (*strided(x, u, mask), inverse, d_den, sums, out, heads, n, blocks, scale)
-        grid = (b * heads * blocks * triton.cdiv(self.d, options["BK"]),)
-        return Launch(feature_gradient_kernel, grid, args, options)
+
+        def build(options: dict[str, Any]) -> Launch:
+            blocks = triton.cdiv(n, options["BN"])
+            args = (*strided(x, u, mask), inverse, d_den, sums, out, heads, n, blocks, scale)
+            programs = b * heads * blocks * triton.cdiv(self.d, options["BK"])
+            return Launch(feature_gradient_kernel, (programs,), args, options)
+
+        return build(self.options("feature_gradient", u, build))

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from attnbench.kernels._tiles import Launch, Target, dot_precision, strided
-from attnbench.kernels.linrec._config import config, segment_length
+from attnbench.kernels.linrec._config import Config, candidates, segment_length
 from attnbench.kernels.linrec._gradients import gradient_kernel
 from attnbench.kernels.linrec._outputs import output_kernel
 from attnbench.kernels.linrec._states import carry_kernel, states_kernel
+from attnbench.kernels.tuning import pick
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,10 @@ class Settings:
 
 @dataclass(frozen=True)
 class Inputs:
-    """q, k (B, Hg, N, Dk), v (B, H, N, Dv), g and beta (B, H, N) or None, their settings, and the target."""
+    """q, k (B, Hg, N, Dk), v (B, H, N, Dv), g, beta and gv or None, their settings, and the target.
+
+    g is (B, H, N) or (B, H, N, Dk), beta (B, H, N), gv (B, H, N, Dv).
+    """
 
     q: Tensor
     k: Tensor
@@ -39,6 +45,13 @@ class Inputs:
     beta: Tensor | None
     settings: Settings
     target: Target
+    gv: Tensor | None = None
+
+    @property
+    def logs(self) -> tuple[int, int]:
+        """Log-decays of a state over Dk (one under a scalar gate), and these with those over Dv."""
+        over_k = 0 if self.g is None else 1 if self.g.dim() == 3 else self.q.shape[-1]
+        return over_k, over_k + (0 if self.gv is None else self.v.shape[-1])
 
     @property
     def state_size(self) -> int:
@@ -55,15 +68,54 @@ class Inputs:
         """Runtime integers of every kernel: heads, groups of q and k, steps, chunks."""
         return self.v.shape[1], self.q.shape[1], self.v.shape[2], self.chunks
 
-    def options(self, kernel: str) -> dict[str, object]:
-        """Compile-time arguments of ``kernel``."""
-        dk, dv, chunk = self.q.shape[-1], self.v.shape[-1], self.settings.chunk
-        c = config(kernel, dk, dv, chunk, self.q.element_size(), self.target.capability)
+    def to_inputs(self, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+        """Gradients of q, k (per head of v), v, g and beta as those of the inputs: groups summed, dtypes."""
+        dq, dk, dv, dg, dbeta = gradients
+        if self.q.shape[1] != self.v.shape[1]:
+            dq, dk = (
+                None if x is None else x.unflatten(1, (self.q.shape[1], -1)).sum(2).to(self.q.dtype)
+                for x in (dq, dk)
+            )
+        dg = None if dg is None or self.g is None else dg.to(self.g.dtype)
+        return dq, dk, dv, dg, None if dbeta is None or self.beta is None else dbeta.to(self.beta.dtype)
+
+    def options(
+        self,
+        kernel: str,
+        build: Callable[[dict[str, Any]], Sequence[Launch]],
+        dims: tuple[int, int] | None = None,
+    ) -> dict[str, Any]:
+        """Compile-time arguments of ``kernel``: with its default tiles, or with those that tuning found.
+
+        ``build`` makes the launches to time from them; ``dims`` stand for Dk and Dv where they are others.
+        """
+        dk, dv = dims or (self.q.shape[-1], self.v.shape[-1])
+        settings, (b, heads, n, _) = self.settings, self.v.shape
+        found = candidates(kernel, dk, dv, settings.chunk, self.q.element_size(), self.target.capability)
+
+        def trial(config: Config) -> Callable[[], None]:
+            launches = build(self._constants(config, dk, dv))
+            return lambda: run_all(launches)
+
+        sizes = (triton.next_power_of_2(dk), triton.next_power_of_2(dv), n.bit_length())
+        key = (self.target.capability, str(self.q.dtype), *sizes, (b * heads).bit_length(), settings.chunk)
+        parts = (*self.logs, self.beta is not None, settings.normalize, settings.feature_map)
+        config = pick(
+            op="linrec",
+            kernel=kernel,
+            key=(*key, heads // self.q.shape[1], *parts),
+            candidates=found,
+            launch=trial,
+            device=self.v.device,
+        )
+        return self._constants(config, dk, dv)
+
+    def _constants(self, c: Config, dk: int, dv: int) -> dict[str, Any]:
         return {
             "D": dk,
             "DV": dv,
             "E": self.state_size,
-            "L": chunk,
+            "L": self.settings.chunk,
             "BK": c.block_k,
             "BV": c.block_v,
             "FEATURE": self.settings.feature_map,
@@ -72,6 +124,12 @@ class Inputs:
             "num_warps": c.num_warps,
             "num_stages": c.num_stages,
         }
+
+
+def run_all(launches: Sequence[Launch]) -> None:
+    """Launch in order."""
+    for launch in launches:
+        launch.run()
 
 
 def states(inputs: Inputs, initial: Tensor | None) -> tuple[list[Launch], Tensor, Tensor]:
@@ -97,18 +155,38 @@ def _scan(
     scale: float,
     backward: bool,
 ) -> tuple[list[Launch], Tensor, Tensor]:
+    kernel = "states" if inputs.logs[1] <= 1 else "vector_states"
+
+    def build(options: dict[str, Any]) -> tuple[list[Launch], Tensor, Tensor]:
+        return _scan_launches(inputs, a, x, weight, d_den, initial, scale, backward, options)
+
+    return build(inputs.options(kernel, lambda options: build(options)[0]))
+
+
+def _scan_launches(
+    inputs: Inputs,
+    a: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    d_den: Tensor | None,
+    initial: Tensor | None,
+    scale: float,
+    backward: bool,
+    options: dict[str, Any],
+) -> tuple[list[Launch], Tensor, Tensor]:
     bh, chunks, size = x.shape[0] * x.shape[1], inputs.chunks, inputs.state_size
-    options = inputs.options("states") | {"BACKWARD": backward}
+    decays = dict(zip(("LOGS_K", "LOGS"), inputs.logs, strict=True))
+    options = options | decays | {"BACKWARD": backward}
     tiles = triton.cdiv(options["D"], options["BK"]) * triton.cdiv(options["DV"], options["BV"])
     per_segment = segment_length(chunks, bh * tiles, inputs.target.processors)
     segments = triton.cdiv(chunks, per_segment)
-    gated = inputs.g is not None and segments > 1
+    gated = decays["LOGS"] > 0 and segments > 1
     states, ends, logs, end_logs = (
         x.new_empty(bh, *shape, dtype=torch.float32)
-        for shape in ((chunks, size), (segments, size), (chunks,), (segments,))
+        for shape in ((chunks, size), (segments, size), (chunks, decays["LOGS"]), (segments, decays["LOGS"]))
     )
     args = (
-        *strided(a, x, inputs.g, weight),
+        *strided(a, x, inputs.g, inputs.gv, weight),
         *(d_den, initial, states, ends, logs if gated else None, end_logs if gated else None),
         *(*inputs.sizes(), per_segment, segments, scale),
     )
@@ -125,7 +203,8 @@ def _scan(
         per_segment,
         segments,
     )
-    options = {"E": size, "BE": 1024, "BACKWARD": backward, "num_warps": 4}
+    kept = {name: options[name] for name in ("D", "DV", "E", "LOGS_K", "LOGS", "BACKWARD")}
+    options = kept | {"BE": 1024, "num_warps": 4}
     grid = (bh * segments * triton.cdiv(size, 1024),)
     return [*launches, Launch(carry_kernel, grid, args, options)], states, final
 
@@ -139,9 +218,14 @@ def outputs(inputs: Inputs, states: Tensor) -> tuple[Launch, Tensor, Tensor | No
         *strided(inputs.q, inputs.k, v, inputs.g, inputs.beta),
         *(states, o, den, *inputs.sizes(), settings.scale, settings.eps),
     )
-    options = inputs.options("output") | {"EPS_ADD": settings.eps_mode == "add"}
-    tiles = triton.cdiv(v.shape[-1], options["BV"])
-    return Launch(output_kernel, (v.shape[0] * v.shape[1] * inputs.chunks * tiles,), args, options), o, den
+
+    def build(options: dict[str, Any]) -> list[Launch]:
+        programs = v.shape[0] * v.shape[1] * inputs.chunks * triton.cdiv(v.shape[-1], options["BV"])
+        options = options | {"EPS_ADD": settings.eps_mode == "add"}
+        return [Launch(output_kernel, (programs,), args, options)]
+
+    (launch,) = build(inputs.options("output", build))
+    return launch, o, den
 
 
 def gradients(
@@ -155,16 +239,27 @@ def gradients(
     need_dbeta: bool,
 ) -> tuple[Launch, tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]]:
     """The launch that fills dq, dk, dv, dg, dbeta; dq and dk per head, in fp32 where a group sums them."""
-    q, v = inputs.q, inputs.v
-    b, h, n, dv_size = v.shape
-    dtype = q.dtype if q.shape[1] == h else torch.float32
-    dq, dk = (q.new_empty(b, h, n, q.shape[-1], dtype=dtype) for _ in range(2))
-    dv = v.new_empty(b, h, n, dv_size)
-    dg = v.new_empty(b, h, n, dtype=torch.float32) if need_dg else None
-    d_beta = v.new_empty(b, h, n, dtype=torch.float32) if need_dbeta else None
+    v = inputs.v
+    filled = empty_gradients(inputs, need_dg, need_dbeta)
     args = (
-        *strided(q, inputs.k, v, inputs.g, inputs.beta, do),
-        *(inverse, d_den, states, d_states, dq, dk, dv, dg, d_beta, *inputs.sizes(), inputs.settings.scale),
+        *strided(inputs.q, inputs.k, v, inputs.g, inputs.beta, do),
+        *(inverse, d_den, states, d_states, *filled, *inputs.sizes(), inputs.settings.scale),
     )
-    options = inputs.options("gradient")
-    return Launch(gradient_kernel, (b * h * inputs.chunks,), args, options), (dq, dk, dv, dg, d_beta)
+
+    def build(options: dict[str, Any]) -> list[Launch]:
+        return [Launch(gradient_kernel, (v.shape[0] * v.shape[1] * inputs.chunks,), args, options)]
+
+    (launch,) = build(inputs.options("gradient", build))
+    return launch, filled
+
+
+def empty_gradients(
+    inputs: Inputs, need_dg: bool, need_dbeta: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """dq, dk, dv, dg, dbeta to be filled; dq and dk per head of v, in fp32 where a group sums them."""
+    q, v = inputs.q, inputs.v
+    dtype = q.dtype if q.shape[1] == v.shape[1] else torch.float32
+    dq, dk = (q.new_empty(*v.shape[:3], q.shape[-1], dtype=dtype) for _ in range(2))
+    dg = v.new_empty(inputs.g.shape, dtype=torch.float32) if need_dg and inputs.g is not None else None
+    dbeta = v.new_empty(v.shape[:3], dtype=torch.float32) if need_dbeta else None
+    return dq, dk, v.new_empty(v.shape), dg, dbeta

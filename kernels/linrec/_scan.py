@@ -61,3 +61,24 @@ def scan_by_steps(writes: Tensor, factors: Tensor, initial: Tensor, reverse: boo
         before[c] = state
         state = factors[..., c, :, :] * state + writes[..., c, :, :]
     return torch.stack(before, -3), state
+
+
+def delta_scan(
+    u: Tensor, w: Tensor, k: Tensor, factors: Tensor | None, initial: Tensor, reverse: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Under the delta rule, states S before every chunk, what each writes, u − w S, and the final state.
+
+    u (…, NT, L, Dv); w and k, the keys decayed to the end of their chunk, (…, NT, L, Dk); decay ``factors``
+    (…, NT, 1 or Dk, 1) or None.
+    """
+    n = u.shape[-3]
+    if factors is not None:
+        factors = factors.expand(*factors.shape[:-3], n, *factors.shape[-2:])
+    state = initial.expand(*torch.broadcast_shapes(initial.shape[:-2], u.shape[:-3]), *initial.shape[-2:])
+    before, written = [state] * n, [state] * n
+    for c in reversed(range(n)) if reverse else range(n):
+        before[c] = state
+        written[c] = u[..., c, :, :] - w[..., c, :, :] @ state
+        update = k[..., c, :, :].mT @ written[c]
+        state = update + (state if factors is None else factors[..., c, :, :] * state)
+    return torch.stack(before, -3), torch.stack(written, -3), state

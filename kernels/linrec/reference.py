@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnbench.kernels.backends import Unsupported
 from attnbench.kernels.features import feature, guarded
 from attnbench.kernels.linrec import State
 
@@ -29,8 +28,6 @@ def linrec(
     chunk: int,
 ) -> tuple[Tensor, State]:
     """Compute sequentially in fp32 (fp64 for fp64 inputs); every gradient is autograd's."""
-    if rule != "add":
-        raise Unsupported("linrec rule", repr(rule), "'add'")
     b, h, n, dv = v.shape
     dtype = torch.float64 if v.dtype is torch.float64 else torch.float32
     groups = h // q.shape[1]
@@ -51,7 +48,10 @@ def linrec(
         s = decay_k[:, :, t, :, None] * s
         if decay_v is not None:
             s = s * decay_v[:, :, t, None, :]
-        s = s + (write[:, :, t, None] * fk[:, :, t]).unsqueeze(-1) * values[:, :, t].unsqueeze(-2)
+        value = values[:, :, t]
+        if rule == "delta":
+            value = value - (s * fk[:, :, t].unsqueeze(-1)).sum(-2)
+        s = s + (write[:, :, t, None] * fk[:, :, t]).unsqueeze(-1) * value.unsqueeze(-2)
         z = decay_k[:, :, t] * z + write[:, :, t, None] * fk[:, :, t]
         o = (s * fq[:, :, t].unsqueeze(-1)).sum(-2)
         if normalize:

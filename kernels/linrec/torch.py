@@ -12,7 +12,7 @@ from attnbench.kernels.backends import Unsupported
 from attnbench.kernels.features import feature, guarded
 from attnbench.kernels.linrec import State
 from attnbench.kernels.linrec._decays import SUB, Decay, VectorGate, scalar_decay, vector_decay
-from attnbench.kernels.linrec._scan import scan, scan_by_steps
+from attnbench.kernels.linrec._scan import delta_scan, scan, scan_by_steps
 
 
 def linrec(
@@ -37,20 +37,23 @@ def linrec(
 
     Half inputs are promoted first, because states and normalisers are sums that must be fp32;
     ``torch.set_float32_matmul_precision`` decides whether tensor cores serve the products. Extra memory per
-    head: N·L scores and N/L states in fp32; a vector gate adds 16·N·D. Raises Unsupported for another rule.
+    head: N·L scores and N/L states in fp32; a vector gate adds 16·N·D, the delta rule N·(L + Dk + Dv).
+    Raises Unsupported for the delta rule with ``gv``.
     """
-    if rule != "add":
-        raise Unsupported("linrec/torch rule", repr(rule), "'add'")
+    if rule == "delta" and gv is not None:
+        raise Unsupported("linrec/torch gate gv under the delta rule", "gv given", "gv None")
     vector = gv is not None or (g is not None and g.dim() == 4)
     dtype = torch.float64 if v.dtype is torch.float64 else torch.float32
     parts = Chunking(v.shape[2], _chunk_length(v.shape[2], chunk, vector), q.shape[1], dtype)
     queries, keys = (parts.split(feature(x.to(dtype), feature_map)) for x in (q, k))
-    if beta is not None:
-        keys = keys * parts.split(beta).unsqueeze(-1)
+    write = None if beta is None else parts.split(beta).unsqueeze(-1)
+    if write is not None and rule == "add":
+        keys = keys * write
     s0, z0 = _initial(initial_state, v, q, dtype)
     s0, z0 = (x.unflatten(1, (q.shape[1], -1)) for x in (s0, z0))
     run = _Run(queries, keys, parts.gates(g, v.shape[1]), None if gv is None else parts.split(gv), reverse)
-    o, s = run.read(parts.split(v), s0)
+    values = parts.split(v)
+    o, s = run.read(values, s0) if rule == "add" else run.read_delta(keys, values, write, s0)
     if not normalize:
         o = parts.join(o if scale == 1.0 else scale * o)
         return o.to(v.dtype), State(s.flatten(1, 2), None)
@@ -95,15 +98,23 @@ class _Run:
         self.g, self.gv, self.reverse = g, gv, reverse
         self.reads, self.writes = q, k
         self.decay: Decay | None = None
-        if g is None:
-            self.scores = (q @ k.mT).triu() if reverse else (q @ k.mT).tril()
-            return
-        if g.dim() == q.dim():
-            self.scores, self.decay = VectorGate(g, reverse).scores(q, k), vector_decay(g, reverse)
-        else:
-            gamma, self.decay = scalar_decay(g, reverse)
-            self.scores = q @ k.mT * gamma
-        self.reads, self.writes = q * self.decay.into, k * self.decay.out
+        self.gamma: Tensor | None = None
+        self.vector = VectorGate(g, reverse) if g is not None and g.dim() == q.dim() else None
+        if g is not None and self.vector is not None:
+            self.decay = vector_decay(g, reverse)
+        elif g is not None:
+            self.gamma, self.decay = scalar_decay(g, reverse)
+        self.scores = self._scores(q, k)
+        if self.decay is not None:
+            self.reads, self.writes = q * self.decay.into, k * self.decay.out
+
+    def _scores(self, q: Tensor, k: Tensor) -> Tensor:
+        """Products of every reading step and every writing step not after it, decayed: (…, NT, L, L)."""
+        if self.vector is not None:
+            return self.vector.scores(q, k)
+        if self.gamma is not None:
+            return q @ k.mT * self.gamma
+        return (q @ k.mT).triu() if self.reverse else (q @ k.mT).tril()
 
     def read(self, v: Tensor, initial: Tensor) -> tuple[Tensor, Tensor]:
         """Unscaled outputs (…, NT, L, Dv) and the final state (…, Dk, Dv)."""
@@ -114,6 +125,27 @@ class _Run:
         before, final = self._scan(self.writes.mT @ (v * decay.out), initial, decay.total.unsqueeze(-2))
         near = VectorGate(self.gv, self.reverse).apply(self.scores, v)
         return near + decay.into * (self.reads @ before), final
+
+    def read_delta(self, k: Tensor, v: Tensor, beta: Tensor | None, initial: Tensor) -> tuple[Tensor, Tensor]:
+        """As :meth:`read` under the delta rule, by its WY form (arXiv 2406.06484).
+
+        A step of a chunk writes w_r = β_r (v_r − S'ᵀ k_r), and what S' holds of the chunk itself is
+        Σ_s (k_r·k_s) decay_rs w_s: one unit triangular system, solved for v and for what reads the state.
+        """
+        reads = k if self.decay is None else k * self.decay.into
+        right = (v, reads) if beta is None else (beta * v, beta * reads)
+        lead = torch.broadcast_shapes(*(x.shape[:-1] for x in right))
+        system = self._scores(k, k) if beta is None else beta * self._scores(k, k)
+        solved = torch.linalg.solve_triangular(
+            system.expand(*lead, -1),  # its diagonal is taken for ones
+            torch.cat([x.expand(*lead, -1) for x in right], -1),
+            upper=self.reverse,
+            unitriangular=True,
+        )
+        u, w = solved.split((v.shape[-1], k.shape[-1]), -1)
+        total = None if self.decay is None else self.decay.total.unsqueeze(-1)
+        before, written, final = delta_scan(u, w, self.writes, total, initial, self.reverse)
+        return self.scores @ written + self.reads @ before, final
 
     def normalizer(self, initial: Tensor) -> tuple[Tensor, Tensor]:
         """Denominators (…, NT, L, 1) and the final z (…, Dk)."""

@@ -6,17 +6,26 @@ sequences fill a GPU. The states are recomputed in the backward pass; only input
 
 from __future__ import annotations
 
-import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from attnbench.kernels._tiles import Launch, Target, addressable, row_terms, target
+from attnbench.kernels._tiles import Target, addressable, row_terms, target
 from attnbench.kernels.backends import Unsupported
 from attnbench.kernels.linrec import State
-from attnbench.kernels.linrec._launch import Inputs, Settings, gradients, outputs, state_gradients, states
+from attnbench.kernels.linrec._delta_launch import DeltaRule
+from attnbench.kernels.linrec._launch import (
+    Inputs,
+    Settings,
+    gradients,
+    outputs,
+    run_all,
+    state_gradients,
+    states,
+)
+from attnbench.kernels.linrec._vector_launch import VectorGates
 
 if TYPE_CHECKING:
     from attnbench.kernels.aot import AotCase
@@ -42,10 +51,11 @@ def linrec(
 ) -> tuple[Tensor, State]:
     """Compute with products in the input dtype, accumulators, gates and states in fp32.
 
-    Raises Unsupported for a vector gate, ``gv``, a rule other than ``add``, head dims above 256, dtypes other
-    than one of fp16, bf16, fp32 for q, k and v, and chunks other than 16, 32, 64. A decay inside a
-    chunk is off by at most 2^-24 of the sum of that chunk's gates in log2; a reset (a gate below e^-104) is
-    exact.
+    Raises Unsupported for a vector gate or ``gv`` under the delta rule, head dims above 256, dtypes other
+    than one of fp16, bf16, fp32 for q, k and v, and chunks other than 16, 32, 64. A decay of a scalar gate
+    inside a chunk is off by at most 2^-24 of the sum of that chunk's gates in log2; a reset (a gate below
+    e^-104) is exact. Under a vector gate or ``gv`` the L×L scores pass through memory in fp32, N·L·4 bytes a
+    head, twice in the backward pass.
     """
     _check(q, k, v, g, gv, rule, chunk)
     b, h, _, dv = v.shape
@@ -60,7 +70,13 @@ def linrec(
             initial = torch.cat((initial, z.reshape(b * h, dk)), 1)
         initial = initial.contiguous()
     settings = Settings(feature_map, scale, normalize, eps, eps_mode, reverse, chunk)
-    o, final = LinRec.apply(*map(addressable, (q, k, v, g, beta)), initial, settings)
+    if gv is not None or (g is not None and g.dim() == 4):
+        if g is not None and g.dim() == 3:
+            g = g.unsqueeze(-1).expand(*g.shape, dk)
+        o, final = VectorGates.apply(*map(addressable, (q, k, v, g, gv, beta)), initial, settings)
+    else:
+        function = DeltaRule if rule == "delta" else LinRec
+        o, final = function.apply(*map(addressable, (q, k, v, g, beta)), initial, settings)
     s = final[:, : dk * dv].reshape(b, h, dk, dv)
     return o, State(s, final[:, dk * dv :].reshape(b, h, dk) if normalize else None)
 
@@ -83,8 +99,7 @@ class LinRec(torch.autograd.Function):
         inputs = Inputs(q, k, v, g, beta, settings, target(q.device))
         launches, before, final = states(inputs, initial)
         output, o, den = outputs(inputs, before)
-        for launch in (*launches, output):
-            launch.run()
+        run_all((*launches, output))
         ctx.save_for_backward(q, k, v, g, beta, initial, o if settings.normalize else None, den)
         ctx.settings = settings
         ctx.set_materialize_grads(False)
@@ -106,28 +121,20 @@ class LinRec(torch.autograd.Function):
             launches.append(launch)
         more, d_before, d_initial = state_gradients(inputs, do, inverse, d_den, d_final)
         need_g, need_beta, need_initial = ctx.needs_input_grad[3:6]
-        last, (dq, dk, dv, dg, dbeta) = gradients(
-            inputs, do, inverse, d_den, before, d_before, need_g, need_beta
-        )
-        for launch in (*launches, *more, last):
-            launch.run()
-        if q.shape[1] != v.shape[1]:
-            dq, dk = (x.unflatten(1, (q.shape[1], -1)).sum(2).to(q.dtype) for x in (dq, dk))
-        dg = dg.to(g.dtype) if need_g else None
-        dbeta = dbeta.to(beta.dtype) if need_beta else None
-        return dq, dk, dv, dg, dbeta, d_initial if need_initial else None, None
+        last, filled = gradients(inputs, do, inverse, d_den, before, d_before, need_g, need_beta)
+        run_all((*launches, *more, last))
+        return *inputs.to_inputs(filled), d_initial if need_initial else None, None
 
 
 def _check(
     q: Tensor, k: Tensor, v: Tensor, g: Tensor | None, gv: Tensor | None, rule: str, chunk: int
 ) -> None:
     """Raise Unsupported for what the kernels do not compute."""
-    if rule != "add":
-        raise Unsupported("linrec/triton rule", repr(rule), "'add'")
-    if gv is not None:
-        raise Unsupported("linrec/triton gate gv", f"shape {tuple(gv.shape)}", "gv None")
-    if g is not None and g.dim() == 4:
-        raise Unsupported("linrec/triton gate g", f"shape {tuple(g.shape)}", "None, (H,) or (B, H, N)")
+    if rule == "delta" and gv is not None:
+        raise Unsupported("linrec/triton gate gv under the delta rule", "gv given", "gv None")
+    if rule == "delta" and g is not None and g.dim() == 4:
+        observed = f"shape {tuple(g.shape)}"
+        raise Unsupported("linrec/triton gate g under the delta rule", observed, "None, (H,) or (B, H, N)")
     if max(q.shape[-1], v.shape[-1]) > 256:
         raise Unsupported("linrec/triton head dims", f"Dk={q.shape[-1]}, Dv={v.shape[-1]}", "at most 256")
     dtypes = {x.dtype for x in (q, k, v)}
@@ -142,36 +149,15 @@ def _check(
 
 
 def aot_cases(capability: int) -> list[AotCase]:
-    """Every kernel of a forward and a backward pass at head dims 64, 128 and 256, in fp16 and bf16.
-
-    Once with a gate and β and once normalised with a feature map.
-    """
+    """Every kernel of a forward and a backward pass, with all the gradients that a family of them has."""
     from attnbench.kernels.aot import AotCase
+    from attnbench.kernels.linrec._examples import EXAMPLES, example_launches
 
     cases = []
-    for dim, dtype, normalize in itertools.product(
-        (64, 128, 256), (torch.float16, torch.bfloat16), (False, True)
-    ):
-        name = f"{'normalized' if normalize else 'gated'} Dv={dim}"
-        for launch in _example_launches(dim, dtype, normalize, Target(capability, 132)):
-            cases.append(AotCase(name, launch.kernel, launch.args, launch.options | {"grid": (1,)}))
+    for family, dim, dtype, kernels in EXAMPLES:
+        for launch in example_launches(family, dim, dtype, Target(capability, 132)):
+            name = launch.kernel.fn.__name__.removesuffix("_kernel")
+            if kernels is None or name in kernels:
+                options = launch.options | {"grid": (1,)}
+                cases.append(AotCase(f"{family} Dv={dim}", launch.kernel, launch.args, options))
     return cases
-
-
-def _example_launches(dim: int, dtype: torch.dtype, normalize: bool, target: Target) -> list[Launch]:
-    """What a forward and a backward pass launch for grouped heads and a length that no chunk divides."""
-    b, groups, h, n = 2, 2, 4, 1000
-    q, k = (torch.empty(b, groups, n, dim, dtype=dtype) for _ in range(2))
-    v, steps = torch.empty(b, h, n, dim, dtype=dtype), torch.empty(b, h, n)
-    settings = Settings("elu1" if normalize else "identity", 1.0, normalize, 1e-6, "add", False, 64)
-    inputs = Inputs(q, k, v, *((None, None) if normalize else (steps, steps)), settings, target)
-    forward, before, _ = states(inputs, None)
-    output, o, den = outputs(inputs, before)
-    rows, inverse, d_den = [], None, None
-    if normalize:
-        launch, inverse, d_den = row_terms(o, o, den, settings.eps, settings.eps_mode)
-        rows.append(launch)
-    backward, d_before, _ = state_gradients(inputs, o, inverse, d_den, None)
-    gated = not normalize
-    last, _ = gradients(inputs, o, inverse, d_den, before, d_before, need_dg=gated, need_dbeta=gated)
-    return [*forward, output, *rows, *backward, last]

@@ -1,12 +1,12 @@
 """Toy mechanisms for the tests of the contract kit: right ones, and ones that cannot be checked in full."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
-from attnbench.impls.base import Attention
+from attnbench.impls.base import Attention, MapAttention, SparseAttention
 from attnbench.impls.spec import Input, Paper, Pattern, Spec
 from attnbench.kernels import Unsupported
 
@@ -152,3 +152,84 @@ class Grid2d(Toy):
         if grid is None or math.prod(grid) != q.shape[-2]:
             raise ValueError(f"grid {grid} for {q.shape[-2]} tokens")
         return super().attend(q, k, v, key_padding_mask=key_padding_mask)
+
+
+# ---- inputs, grids, selections and maps ----------------------------------------------------------------
+
+
+class WantsTheUnknown(Toy):
+    spec = toy_spec(inputs=(Input("labels", "class of each key", "(B, M)", "no such generator"),))
+
+
+class ScalesQueries(Toy):
+    """An input per query that gets a gradient, and one per key that does not."""
+
+    spec = toy_spec(
+        permutation_invariant=True,
+        inputs=(
+            Input("scale", "multiplier of each query", "(B, N)", "uniform", differentiable=True),
+            Input("kept", "whether a key may be attended to", "(B, M)", "mask"),
+        ),
+        row_sum="at_most_one",
+    )
+
+    def attend(self, q, k, v, *, grid=None, key_padding_mask=None, scale=None, kept=None, **inputs):
+        dropped = ~kept if key_padding_mask is None else ~kept | key_padding_mask
+        return super().attend(q * self.scale_of(scale)[:, None, :, None], k, v, key_padding_mask=dropped)
+
+    def scale_of(self, scale):
+        return scale
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The least that a selection is."""
+
+    mask: torch.Tensor
+
+    def to_dense_mask(self):
+        return self.mask
+
+
+class SameRowOfTheGrid(SparseAttention):
+    """Attends to the kept keys of the own row of a 2-D grid, and to the own token."""
+
+    spec = toy_spec(
+        patterns=(Pattern.NS, Pattern.NC),
+        grid_ranks=(2,),
+        lengths="aligned",
+        selection="softmax",
+        inputs=(Input("kept", "whether a key may be attended to", "(B, M)", "mask"),),
+        permutation_invariant=False,
+    )
+
+    def select(self, q, k, *, grid=None, key_padding_mask=None, kept=None, **inputs):
+        if math.prod(grid) != q.shape[-2]:
+            raise ValueError(f"grid {grid} for {q.shape[-2]} tokens")
+        place = torch.arange(q.shape[-2], device=q.device)
+        row = place // self.width(grid)
+        own = place[:, None] == place
+        return Kept((row[:, None] == row) & (kept[:, None, None, :] | own))
+
+    def width(self, grid):
+        return grid[1]
+
+    def consume(self, q, k, v, selection, *, grid=None, key_padding_mask=None, **inputs):
+        mask = selection.to_dense_mask()
+        if key_padding_mask is not None:
+            mask = mask & ~key_padding_mask[:, None, None, :]
+        scores = (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).masked_fill(~mask, -math.inf)
+        return scores.softmax(-1).nan_to_num(0.0) @ v, scores.logsumexp(-1)
+
+    def flops(self, n, m):
+        return 4 * self.num_heads * n * m * self.head_dim
+
+
+class Sharpened(MapAttention):
+    """Squares the weights of softmax attention and normalises them again."""
+
+    spec = toy_spec(kind="map")
+
+    def transform(self, weights, *, grid=None, key_padding_mask=None, **inputs):
+        squared = weights.square()
+        return squared / squared.sum(-1, keepdim=True).clamp_min(1e-30)

@@ -5,12 +5,21 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
 
-from attnbench.impls.spec import Hyper, Pattern
-from tests.harness.contract_toys import SPEC, SelectsKeysGlobally, Toy, toy_spec
+from attnbench.impls.spec import Hyper, Input, Pattern
+from tests.harness.contract_toys import (
+    SPEC,
+    SameRowOfTheGrid,
+    ScalesQueries,
+    SelectsKeysGlobally,
+    Sharpened,
+    Toy,
+    toy_spec,
+)
 
 
 class LeaksFuture(Toy):
@@ -336,6 +345,51 @@ class AcceptsAnyPattern(Toy):
         return Pattern(pattern)
 
 
+class InputFromTheFuture(ScalesQueries):
+    spec = ScalesQueries.spec
+
+    def scale_of(self, scale):
+        return scale * scale.mean(-1, keepdim=True)
+
+
+class InputOfPaddedKeys(Toy):
+    spec = toy_spec(inputs=(Input("bias", "a number of each key", "(B, M)", "normal", differentiable=True),))
+
+    def attend(self, q, k, v, *, grid=None, key_padding_mask=None, bias=None, **inputs):
+        sharper = bias.mean(-1).sigmoid()[:, None, None, None]
+        return super().attend(q * sharper, k, v, key_padding_mask=key_padding_mask)
+
+
+class ConsumesEverything(SameRowOfTheGrid):
+    spec = SameRowOfTheGrid.spec
+
+    def consume(self, q, k, v, selection, *, grid=None, key_padding_mask=None, **inputs):
+        everything = replace(selection, mask=torch.ones_like(selection.mask))
+        return super().consume(q, k, v, everything, key_padding_mask=key_padding_mask)
+
+
+class LseOfOtherScores(SameRowOfTheGrid):
+    spec = SameRowOfTheGrid.spec
+
+    def consume(self, q, k, v, selection, **options):
+        o, lse = super().consume(q, k, v, selection, **options)
+        return o, lse / math.log(2)
+
+
+class MixesUpTheSides(SameRowOfTheGrid):
+    spec = SameRowOfTheGrid.spec
+
+    def width(self, grid):
+        return grid[0] if self.backend == "torch" else grid[1]
+
+
+class ForgetsTheMap(Sharpened):
+    spec = Sharpened.spec
+
+    def attend(self, q, k, v, *, grid=None, key_padding_mask=None, **inputs):
+        return super().attend(q, k, v, key_padding_mask=key_padding_mask).flip(1)
+
+
 PADDING = {"padding_is_unseen", "padding_equals_dropping", "all_keys_padded"}
 ZOO = [
     (LeaksFuture, "CS", "reference", {"strict_causality"}),
@@ -381,4 +435,10 @@ ZOO = [
     (Silent, "NC", "reference", {"spec_is_filled"}),
     (TakesNoMask, "NC", "reference", {"has_its_methods", "padding_is_unseen"}),
     (AcceptsAnyPattern, "NS", "reference", {"refuses_other_patterns"}),
+    (InputFromTheFuture, "CC", "reference", {"cc_prefix", "cc_poison", "cc_jacobian", "query_separable"}),
+    (InputOfPaddedKeys, "NC", "reference", {"padding_is_unseen", "padding_equals_dropping"}),
+    (ConsumesEverything, "NS", "reference", {"selection_is_attended"}),
+    (LseOfOtherScores, "NC", "reference", {"selection_is_attended"}),
+    (MixesUpTheSides, "NS", "torch", {"agrees_with_reference", "agrees_in_half", "gradients_agree"}),
+    (ForgetsTheMap, "NC", "reference", {"map_is_applied"}),
 ]

@@ -1,6 +1,7 @@
 """What a row records of its environment: plain values, nothing personal, and a key of what changes a time."""
 
 import getpass
+import importlib.util
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ import attnbench
 from attnbench.harness import environment
 from attnbench.harness.environment import capture, commit_of, peers, physical_cores, software_key
 from attnbench.harness.timing import Host
+from attnbench.kernels.backends import OWN, REQUIREMENTS, Requirement
 
 
 def test_capture_is_json_and_tells_the_versions():
@@ -78,13 +80,26 @@ def test_everything_left_out_of_the_key_is_captured():
 
 def test_peers_are_a_version_or_a_reason():
     found = peers()
-    assert {"sdpa", "flex", "triton", "flash_attn", "xformers", "fla", "natten", "mamba_ssm"} <= set(found)
+    assert set(found) == set(REQUIREMENTS) - set(OWN)
     for name, state in found.items():
-        assert state.startswith("absent: ") == (name not in ("sdpa", "flex") and not _installed(name))
+        library = REQUIREMENTS[name].library
+        absent = library is not None and importlib.util.find_spec(library) is None
+        assert state.startswith("absent: ") == absent
+    assert found["flex"] == f"torch {torch.__version__}"
 
 
-def _installed(module):
-    return environment._version(environment.PEERS[module]) is not None
+def test_a_peer_without_its_device_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peers()["sdpa_cudnn"].endswith("; needs cuda, which is not here")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert peers()["sdpa_cudnn"] == f"torch {torch.__version__}"
+
+
+def test_a_peer_is_found_by_the_name_it_is_installed_under(monkeypatch):
+    needs = {"sage": Requirement(library="sageattention"), "odd": Requirement(library="json")}
+    monkeypatch.setattr(environment, "REQUIREMENTS", needs)
+    monkeypatch.setattr(environment, "_version", lambda name: "2.2.0" if name == "sageattention" else None)
+    assert peers() == {"sage": "sageattention 2.2.0", "odd": "json of unknown version"}
 
 
 def test_peers_are_not_imported():

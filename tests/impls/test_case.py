@@ -21,10 +21,22 @@ def test_a_case_survives_json_with_its_key() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"backend": "triton"}, {"pattern": "NS"}, {"n": 65}, {"m": 65}, {"dtype": "float16"}, {"seed": 1},
-     {"direction": "fwd_bwd"}, {"device": "h200"}, {"scope": "layer"}, {"grid": (8, 8)}, {"hyper": ()},
-     {"workload": replace(WORKLOAD, kv_heads=4)}, {"task": "lm"}],
-)  # fmt: skip
+    [
+        {"backend": "triton"},
+        {"pattern": "NS"},
+        {"n": 65},
+        {"m": 65},
+        {"dtype": "float16"},
+        {"seed": 1},
+        {"direction": "fwd_bwd"},
+        {"device": "h200"},
+        {"scope": "layer"},
+        {"grid": (8, 8)},
+        {"hyper": ()},
+        {"workload": replace(WORKLOAD, kv_heads=4)},
+        {"task": "lm"},
+    ],
+)
 def test_whatever_changes_the_work_changes_the_key(change: dict[str, object]) -> None:
     assert replace(CASE, **change).key() != CASE.key()
 
@@ -40,9 +52,17 @@ def test_lengths_of_one_curve_share_their_series() -> None:
 
 @pytest.mark.parametrize(
     ("tokens", "rank", "ranks", "grid"),
-    [(12, 1, (1, 2), ()), (12, 2, (2,), (3, 4)), (37, 1, (2,), (1, 37)), (12, 3, (3,), (2, 2, 3)),
-     (196, 2, (2, 3), (14, 14)), (64, 1, (2, 3), (8, 8))],
-)  # fmt: skip
+    [
+        (12, 1, (1, 2), ()),
+        (12, 2, (1, 2), (3, 4)),
+        (12, 3, (1, 2), ()),
+        (12, 2, (2,), (3, 4)),
+        (37, 1, (2,), (1, 37)),
+        (12, 3, (3,), (2, 2, 3)),
+        (196, 2, (2, 3), (14, 14)),
+        (64, 1, (2, 3), (8, 8)),
+    ],
+)
 def test_the_grid_is_as_even_as_divisors_allow(
     tokens: int, rank: int, ranks: tuple[int, ...], grid: tuple[int, ...]
 ) -> None:
@@ -53,3 +73,12 @@ def test_keys_of_a_workload() -> None:
     assert WORKLOAD.keys(100, "CS") == 100
     assert replace(WORKLOAD, m_fixed=77).keys(100, "NC") == 77
     assert replace(WORKLOAD, m_per_n=0.25).keys(100, "CC") == 25
+
+
+def test_the_row_says_whether_a_grid_is_the_workloads_own() -> None:
+    on_grid = replace(WORKLOAD, grid_rank=2)
+    assert replace(CASE, grid=()).geometry == ""
+    assert replace(CASE, grid=(8, 8)).geometry == "folded"
+    assert replace(CASE, grid=(8, 8), workload=on_grid).geometry == "native"
+    assert replace(CASE, grid=(8, 8), workload=on_grid, m=24).grid_kv == (4, 6)
+    assert replace(CASE, grid=()).grid_kv == ()

@@ -317,6 +317,24 @@ def test_tiles_waste_nothing_of_a_block(kernel: str, capability: int, dtype: tor
                 assert block % side == 0 if block % 32 == 0 else side < max(17, 2 * block)
 
 
+@pytest.mark.parametrize("fewer", ["block_m", "block_n"])
+def test_triton_with_half_a_tile(fewer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tuning does: candidates are launched, then one is chosen; halves divide a block as wholes do."""
+    launch = importlib.import_module("attnbench.kernels.block_sparse._launch")
+
+    def choose(*, candidates: Any, launch: Any, **_: Any) -> Any:
+        assert len(set(candidates)) == len(candidates) <= 8
+        default = candidates[0]
+        halves = (each for each in candidates if getattr(each, fewer) < getattr(default, fewer))
+        half = next(halves, candidates[-1])  # a side of 16 has none
+        launch(half)()
+        return half
+
+    monkeypatch.setattr(launch, "pick", choose)
+    _results.cache_clear()  # the results of the default tiles
+    _assert_close(next(case for case in CASES if case.name == "causal"), torch.float32, "triton")
+
+
 class TestErrors:
     def _selection(self, n: int = 16, heads: int = 1) -> Selection:
         return Selection.from_block_mask(torch.ones(1, heads, 1, 1, dtype=torch.bool), 16, 16, n, 16)

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnbench.kernels import Unsupported, flash
+from attnbench.kernels import Mask, RelativeBias, Unsupported, flash
 
 pytestmark = pytest.mark.gpu
 
 SIZES = [(1024, 1024, 64), (4096, 4096, 128), (1000, 3000, 128), (2048, 2048, 80)]
-PEERS = ("sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flex")
+PEERS = (
+    "sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn", "flex",
+    "flash_attn", "flash_attn3", "flash_attn4", "xformers",
+)  # fmt: skip
 
 
 def _inputs(n: int, m: int, d: int, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -69,6 +72,45 @@ def test_peers(backend: str, n: int, m: int, options: dict[str, Any]) -> None:
         _assert_close(_inputs(n, m, 64), backend, need_lse=backend == "flex", **options)
     except Unsupported as why:
         pytest.skip(str(why))
+
+
+@pytest.mark.parametrize("backend", ["triton", "flex"])
+def test_masks(backend: str) -> None:
+    n = 3000
+    position = torch.arange(n, device="cuda")
+    document = position // 700
+    mask = Mask.upto(position) & (
+        Mask.same(document) | Mask.keys(document == 0) | Mask.queries(document == 4)
+    )
+    _assert_close(_inputs(n, n, 64), backend, mask=mask)
+
+
+def test_a_mask_costs_what_is_seen() -> None:
+    """NaN in the keys and queries of hidden tiles reaches nothing: they are not read."""
+    n = 4096
+    segment = torch.arange(n, device="cuda") // 1024
+    segment[1024:2048] = -1
+    inputs = _inputs(n, n, 128)
+    for x in inputs[:3]:
+        x[:, :, 1024:2048] = torch.nan
+    for x in _run(inputs, "triton", False, mask=Mask.same(segment)):
+        assert torch.isfinite(torch.cat([x[:, :, :1024], x[:, :, 2048:]], 2)).all()
+
+
+def test_gradients_of_tables_are_bitwise_reproducible() -> None:
+    n, inputs = 2048, _inputs(2048, 2048, 64)
+    table = torch.zeros(4, 2 * n - 1, device="cuda", requires_grad=True)
+    position = torch.arange(n, device="cuda")
+
+    def gradient(backend: str, tensors: list[Tensor]) -> Tensor:
+        bias = RelativeBias(table.to(tensors[0].dtype), position + n - 1, position)
+        o, _ = flash(*tensors[:3], rel_bias=bias, causal=True, backend=backend)
+        return torch.autograd.grad(o, table, tensors[3])[0]
+
+    first = gradient("triton", inputs)
+    assert torch.equal(first, gradient("triton", inputs))
+    truth = gradient("reference", [x.double() for x in inputs])
+    assert (first - truth).abs().max() <= 2e-2 * truth.abs().max()
 
 
 def test_bitwise_determinism() -> None:

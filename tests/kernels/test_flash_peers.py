@@ -6,12 +6,13 @@ import gc
 
 import pytest
 import torch
+import torch._dynamo
 from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from attnbench.kernels import Unsupported, flash, recording
 from attnbench.kernels.flash._masks import Band, MaskCache, band, dense_mask, sdpa_mask
-from attnbench.kernels.flash.peers import _sdpa_visibility
+from attnbench.kernels.flash.peers import _sdpa_visibility, compiled_per_shape
 from attnbench.kernels.flash.reference import visible_pairs
 
 CPU = torch.device("cpu")
@@ -60,7 +61,7 @@ def test_causal_is_aligned_to_the_last_key() -> None:
     cuda = Band(6, 8, None, 0, torch.device("cuda"))
 
     def visibility(kernel: SDPBackend, where: Band) -> tuple[Tensor | None, bool]:
-        return _sdpa_visibility(kernel, "", where, None, None, None, torch.float32, 1.0)
+        return _sdpa_visibility(kernel, "", where, None, None, None, None, torch.float32, 1.0)
 
     assert visibility(SDPBackend.MATH, square) == (None, True)
     mask, is_causal = visibility(SDPBackend.MATH, wide)
@@ -74,7 +75,7 @@ def test_causal_is_aligned_to_the_last_key() -> None:
 def test_cudnn_is_not_asked_for_queries_without_keys() -> None:
     with pytest.raises(Unsupported, match="sees no key"):
         _sdpa_visibility(
-            SDPBackend.CUDNN_ATTENTION, "cudnn", Band(8, 6, None, 0, CPU), None, None, None, torch.half, 1.0
+            SDPBackend.CUDNN_ATTENTION, "cudnn", Band(8, 6, None, 0, CPU), *(None,) * 4, torch.half, 1.0
         )
 
 
@@ -135,3 +136,11 @@ def test_sdpa_masks_stay_as_small_as_they_can() -> None:
     assert both.dtype is torch.half
     assert torch.equal(both == 2, visible.expand_as(both))
     assert torch.equal(torch.isneginf(both), ~visible.expand_as(both))
+
+
+def test_compiled_functions_take_more_shapes_than_dynamo_allows() -> None:
+    with torch._dynamo.config.patch(recompile_limit=2):  # monkeypatch would leave the setting hidden
+        plus_one = compiled_per_shape(lambda x: x + 1, backend="eager")
+        for size in (2, 3, 4, 5, 3):
+            assert torch.equal(plus_one(torch.ones(size)), torch.full((size,), 2.0))
+        assert torch._dynamo.config.recompile_limit == 2

@@ -204,6 +204,29 @@ def test_triton_splits_of_the_keys_change_rounding_only(processors: int) -> None
         check(case, "triton", torch.float32)
 
 
+def test_candidates_are_few_and_the_default_is_first() -> None:
+    config = importlib.import_module("attnbench.kernels.kv_reduce._config")
+    for kernel in ("sums", "read", "feature_gradient"):
+        for d, itemsize in ((1, 2), (64, 2), (256, 2), (128, 4)):
+            found = config.candidates(kernel, d, d, itemsize)
+            assert found[0] == config.config(kernel, d, d, itemsize)
+            assert len(set(found)) == len(found) <= 8
+            assert all(min(each.block_n, each.block_k, each.block_v) >= 16 for each in found)
+
+
+def test_triton_with_half_of_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tuning does: every candidate is launched on memory of its own, then one is chosen."""
+    launch = importlib.import_module("attnbench.kernels.kv_reduce._launch")
+
+    def choose(*, candidates: Any, launch: Any, **_: Any) -> Any:
+        halves = [each for each in candidates if each.block_v < candidates[0].block_v]
+        launch(halves[0])()
+        return halves[0]
+
+    monkeypatch.setattr(launch, "pick", choose)
+    check(Case(n=20, m=70, d=33, dv=40, b=1, h=1, mask=True), "triton", torch.float32)
+
+
 # The exact properties of linear attention.
 
 

@@ -8,6 +8,7 @@ of sums of gates, plus one rounding of the largest sum.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -236,7 +237,7 @@ VECTOR_VARIANTS = (
     {"gv": True, "gate": "scalar", "reverse": True, "strong": True, "initial": True},
     {"gv": True, "gate": "vector", "beta": True, "groups": 1},
 )
-"""What only reference and torch compute."""
+"""Gates over Dk and Dv, here in eager PyTorch; in Triton they have a file of tests of their own."""
 
 LENGTHS = (1, 17, 64, 70, 130)
 
@@ -261,10 +262,12 @@ def test_torch_in_low_precision(case: Case, dtype: torch.dtype) -> None:
 
 
 GRID = [
-    Case(n=n, chunk=chunk, **VARIANTS[(i + 2 * j) % len(VARIANTS)])
-    for i, n in enumerate(LENGTHS)
-    for j, chunk in enumerate((16, 32, 64))
+    Case(n=n, chunk=chunk, **VARIANTS[i % len(VARIANTS)])
+    for i, (n, chunk) in enumerate(
+        ((1, 16), (17, 16), (40, 32), (33, 16), (70, 64), (40, 16), (64, 64), (1, 64), (32, 32))
+    )
 ]
+"""Lengths that are shorter than a chunk, whole chunks and more than them; every variant."""
 
 
 @pytest.mark.parametrize("case", GRID, ids=str)
@@ -272,7 +275,7 @@ def test_triton_on_a_grid_of_lengths_and_chunks(case: Case) -> None:
     check(case, "triton", torch.float32)
 
 
-@pytest.mark.parametrize("case", [Case(chunk=16, n=40, b=2, **v) for v in VARIANTS], ids=str)
+@pytest.mark.parametrize("case", [Case(chunk=16, n=20, b=2, **v) for v in VARIANTS[2:4]], ids=str)
 def test_triton_in_fp16(case: Case) -> None:
     check(case, "triton", torch.float16)
 
@@ -301,15 +304,40 @@ def test_triton_head_dims_over_several_tiles(dk: int, dv: int) -> None:
 @pytest.mark.parametrize("variant", [VARIANTS[5], VARIANTS[3]], ids=["gated", "normalized"])
 def test_triton_segments_of_a_long_sequence(variant: dict[str, Any]) -> None:
     """Few heads on many processors split the scan over chunks; the carry joins the parts."""
-    case = Case(n=16 * 27 - 3, chunk=16, heads=1, dk=4, dv=3, **(variant | {"groups": 1}))
+    case = Case(n=16 * 17 - 3, chunk=16, heads=1, dk=4, dv=3, **(variant | {"groups": 1}))
     triton = importlib.import_module("attnbench.kernels.linrec.triton")
     with mock.patch.object(triton, "target", return_value=Target(90, 64)):
         check(case, "triton", torch.float32)
 
 
+def test_candidates_are_few_and_the_default_is_first() -> None:
+    config = importlib.import_module("attnbench.kernels.linrec._config")
+    for kernel in ("states", "output", "gradient", "delta_states", "delta_gradient", "vector_gradient"):
+        for dim, itemsize, capability in itertools.product((1, 64, 256), (2, 4), (80, 90)):
+            found = config.candidates(kernel, dim, dim, 64, itemsize, capability)
+            assert found[0] == config.config(kernel, dim, dim, 64, itemsize, capability)
+            assert len(set(found)) == len(found) <= 8
+            assert all(min(each.block_k, each.block_v) >= 16 for each in found)
+            assert kernel != "delta_states" or all(each.block_k >= dim for each in found)
+
+
+def test_triton_with_half_of_every_tile(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tuning does: candidates are launched on memory of their own, then one is chosen."""
+    launch = importlib.import_module("attnbench.kernels.linrec._launch")
+
+    def choose(*, candidates: Any, launch: Any, **_: Any) -> Any:
+        halves = [each for each in candidates if each.block_k < candidates[0].block_k]
+        launch(halves[0] if halves else candidates[-1])()
+        return halves[0] if halves else candidates[-1]
+
+    monkeypatch.setattr(launch, "pick", choose)
+    case = Case(n=20, chunk=16, gate="scalar", beta=True, initial=True, heads=1, groups=1, dk=20, dv=20)
+    check(case, "triton", torch.float32)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(
-    "case", [Case(n=33, chunk=16, **VARIANTS[2]), Case(n=33, chunk=16, **VARIANTS[4])], ids=str
+    "case", [Case(n=17, chunk=16, **VARIANTS[2]), Case(n=17, chunk=16, **VARIANTS[4])], ids=str
 )
 def test_any_strides_and_no_read_of_fresh_memory(case: Case, backend: str) -> None:
     x = case.tensors(torch.float32)

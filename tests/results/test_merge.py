@@ -92,10 +92,11 @@ def test_the_same_case_of_two_runs_or_stacks_is_no_contradiction(tmp_path, make_
 def test_another_schema_version_is_refused_unless_it_can_be_lifted(tmp_path, make_row, monkeypatch):
     path, out = tmp_path / "a.parquet", tmp_path / "out.parquet"
     write_parquet([make_row()], path)
-    monkeypatch.setattr(schema, "SCHEMA_VERSION", 2)
-    with pytest.raises(UsageError, match="schema version 1, which cannot be lifted to 2"):
+    now = schema.SCHEMA_VERSION
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", now + 1)
+    with pytest.raises(UsageError, match=f"schema version {now}, which cannot be lifted to {now + 1}"):
         merge.merge(path, out)
-    monkeypatch.setattr(migrate, "LIFTS", {1: lambda row: {**row, "suite": "lifted"}})
+    monkeypatch.setattr(migrate, "LIFTS", {now: lambda row: {**row, "suite": "lifted"}})
     merge.merge(path, out)
     assert read_parquet(out)[0]["suite"] == "lifted"
 

@@ -53,6 +53,17 @@ def test_an_old_parquet_file_is_lifted(tmp_path, make_row, two_versions_later):
     assert store.read_parquet(path) == rows.canonical([make_row(time_us=2500.0)])
 
 
+def test_version_1_had_no_measured_peaks(tmp_path, make_row):
+    """A file of version 1 as it was written: without the columns that came later."""
+    came_later = {"peak_tflops_measured", "peak_gbps_measured"}
+    came_later |= {"roofline_measured_us", "roofline_measured_pct"}
+    table = rows.to_table(rows.canonical([make_row()])).drop_columns(sorted(came_later))
+    path = tmp_path / "v1.parquet"
+    pq.write_table(table.replace_schema_metadata({"attnbench_schema_version": "1"}), path)
+    assert store.read_parquet(path) == rows.canonical([make_row()])
+    assert dict.fromkeys(came_later).items() <= store.read_parquet(path)[0].items()
+
+
 def test_an_old_journal_is_lifted(tmp_path, make_row, two_versions_later):
     header = {"journal": 1, "schema_version": 1, "run_id": "run-a", "config": {}}
     path = tmp_path / "journal.jsonl"
@@ -69,7 +80,8 @@ def test_a_lift_that_leaves_a_foreign_column_is_reported(tmp_path, make_row, two
 
 
 def test_a_newer_version_is_refused():
-    with pytest.raises(UsageError, match=r"observed schema version 7, expected at most 1; update"):
+    limit = schema.SCHEMA_VERSION
+    with pytest.raises(UsageError, match=rf"observed schema version 7, expected at most {limit}; update"):
         migrate.lift([], 7, HERE)
 
 

@@ -35,7 +35,7 @@ def test_any_valid_rows_round_trip(data, any_rows):
 def test_the_file_explains_itself_and_is_compressed(path, make_row):
     write_parquet([make_row(block=block) for block in range(200)], path)
     file = pq.ParquetFile(path)
-    assert file.schema_arrow.metadata[b"attnbench_schema_version"] == b"1"
+    assert file.schema_arrow.metadata[b"attnbench_schema_version"] == str(schema.SCHEMA_VERSION).encode()
     assert file.schema_arrow.field("time_us").metadata[b"unit"] == "µs".encode()
     column = file.metadata.row_group(0).column(file.schema_arrow.get_field_index("impl"))
     assert column.compression == "ZSTD"
@@ -159,9 +159,12 @@ def test_versions_that_are_newer_or_none_are_usage_errors(path, make_row, versio
 
 def test_a_newer_file_is_refused_before_its_columns_are_judged(path, make_row):
     write_parquet([make_row()], path)
-    newer = {b"attnbench_schema_version": b"2"}
+    now = schema.SCHEMA_VERSION
+    newer = {b"attnbench_schema_version": str(now + 1).encode()}
     changed(path, lambda t: t.append_column("energy", pa.array([1.0])).replace_schema_metadata(newer))
-    with pytest.raises(UsageError, match="observed schema version 2, expected at most 1; update attnbench"):
+    with pytest.raises(
+        UsageError, match=f"observed schema version {now + 1}, expected at most {now}; update"
+    ):
         read_parquet(path)
 
 

@@ -1,0 +1,29 @@
+"""The kernels of INT8 attention compile for GPUs that are not here, without spills up to D = 128."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_compiles_without_spilling(capability: int) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "attnbench.kernels.aot", "--op", "flash_int8"]
+    command += ["--capability", str(capability), "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)
+    assert {row["kernel"] for row in rows} == {"quantise", "attend"}
+    assert {row["head_dim"] for row in rows} == {64, 128, 256}
+    for row in rows:
+        assert row["fits"], row
+        if row["head_dim"] != 256:
+            assert row["spill_bytes"] == 0, row
