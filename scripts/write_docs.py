@@ -5,9 +5,13 @@ Run as `python scripts/write_docs.py`; `--check` only compares (tests/test_docs.
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from attnbench.impls.spec import Spec
 from attnbench.results.schema import COLUMNS, GROUPS, STATUS_MEANING, Column
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,7 +43,98 @@ def _line(column: Column) -> str:
     return f"| `{column.name}` | {column.type} | {column.unit or '–'} | {column.doc}{ok_only} |\n"
 
 
-PAGES = {"docs/metrics.md": metrics}
+MECHANISMS_INTRO = """\
+<!-- Written by scripts/write_docs.py from the Specs of the mechanisms: edit there. -->
+# Mechanisms
+
+{count} mechanisms. *Patterns*: noncausal and causal (N, C), self and cross (S, C). *Hot loop*: the
+operation of [kernels](kernels.md) that the time goes into, or what is there instead. *Confidence* says how
+firmly the definition is known: `high` from code and paper, `medium` where the paper leaves choices open,
+`low` where it was rebuilt from a description; what was decided then is among the deviations.
+"""
+
+KERNELS_INTRO = """\
+<!-- Written by scripts/write_docs.py from the docstrings of the operations: edit there. -->
+# Operations
+
+Mechanisms stand on these. Each is one differentiable function on (B, H, N, D) tensors with a `reference`
+that is its definition, a `torch` form in eager PyTorch and `triton` kernels, forward and backward; the
+other backends are the libraries that one would pick instead. A backend computes the call or raises
+`Unsupported` with the reason; only `backend="auto"` chooses. Tiles are tuned on the GPU at hand and kept on
+disk (`ATTNBENCH_TUNING=off|cache|tune`). `attnbench env` shows what runs here, `python -m
+attnbench.kernels.aot` the registers, shared memory and spills of every kernel for a GPU that is not here.
+"""
+
+
+def mechanisms() -> str:
+    """The text of docs/mechanisms.md: a table by family, then what each Spec declares."""
+    from attnbench.impls import registry
+
+    specs = [registry.spec(name) for name in registry.ids()]
+    text = MECHANISMS_INTRO.format(count=len(specs))
+    for family in registry.FAMILIES:
+        found = [spec for spec in specs if spec.family == family]
+        text += f"\n## {family} ({len(found)})\n\n"
+        text += "| mechanism | patterns | hot loop | cost | paper |\n|---|---|---|---|---|\n"
+        text += "".join(_mechanism_line(spec) for spec in found)
+        text += "".join(_mechanism_section(spec) for spec in found)
+    return text
+
+
+def _mechanism_line(spec: Spec) -> str:
+    ops = sorted({op for pattern in spec.patterns for op in spec.ops_for(pattern)})
+    paper = f"[{spec.paper.year}]({spec.paper.url})" if spec.paper.url else f"{spec.paper.year}"
+    hot = ", ".join(f"`{op}`" for op in ops) or spec.hot_loop
+    return (
+        f"| [`{spec.id}`](#{spec.id}) | {' '.join(spec.patterns)} | {hot} | {_cell(spec.cost)} | {paper} |\n"
+    )
+
+
+def _mechanism_section(spec: Spec) -> str:
+    where = f"{spec.paper.title}, {spec.paper.year}" + (f" ({spec.paper.venue})" if spec.paper.venue else "")
+    link = f"[{where}]({spec.paper.url})" if spec.paper.url else where
+    text = f"\n### {spec.id}\n\n{spec.name}: {spec.summary}\n\n`{spec.formula}`\n\n{link}. "
+    text += f"Confidence: {spec.confidence}."
+    if spec.causality == "selection_leaky":
+        text += " Causal only once its selection is frozen."
+    text += "\n"
+    if spec.hyper:
+        text += "\n| hyper-parameter | default | meaning |\n|---|---|---|\n"
+        text += "".join(f"| `{h.name}` | {h.default!r} | {_cell(h.meaning)} |\n" for h in spec.hyper)
+    if spec.deviations:
+        text += "\n" + "".join(f"- {note}\n" for note in spec.deviations)
+    return text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def kernels() -> str:
+    """The text of docs/kernels.md: every operation with its backends and what its docstring says."""
+    from attnbench.kernels import OPS
+
+    text = KERNELS_INTRO + "\n| operation | what it computes | backends |\n|---|---|---|\n"
+    functions = {
+        name: getattr(importlib.import_module(f"attnbench.kernels.{name}"), name) for name in sorted(OPS)
+    }
+    for name, function in functions.items():
+        what = (inspect.getdoc(function) or "").partition("\n")[0]
+        text += f"| [`{name}`](#{name}) | {_cell(what)} | {', '.join(OPS[name].backends)} |\n"
+    for name, function in functions.items():
+        text += f"\n## {name}\n\n```\n{name}{_signature(function)}\n\n{inspect.getdoc(function)}\n```\n"
+    return text
+
+
+def _signature(function: Callable[..., object]) -> str:
+    """Names and defaults, without the annotations, which the text explains."""
+    shown = [
+        p.replace(annotation=inspect.Parameter.empty) for p in inspect.signature(function).parameters.values()
+    ]
+    return str(inspect.Signature(shown))
+
+
+PAGES = {"docs/metrics.md": metrics, "docs/mechanisms.md": mechanisms, "docs/kernels.md": kernels}
 
 
 def main() -> int:

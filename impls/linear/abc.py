@@ -173,9 +173,9 @@ class Abc(Attention):
 
     @classmethod
     def backends(cls, pattern: Pattern | str) -> tuple[str, ...]:
-        """As for any mechanism, but the causal form needs vector gates, which linrec has not in Triton."""
+        """As for any mechanism, but fla's recurrence has not the gate over values of the causal form."""
         names = super().backends(pattern)
-        return tuple(b for b in names if b != "triton") if Pattern(pattern) is Pattern.CS else names
+        return tuple(b for b in names if b != "fla") if Pattern(pattern) is Pattern.CS else names
 
     # ---- cost ------------------------------------------------------------------------------------------
 

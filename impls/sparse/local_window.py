@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +10,8 @@ from torch import Tensor
 
 from attnbench.errors import UsageError
 from attnbench.impls.base import MaskAttention, Pattern, Spec
+from attnbench.impls.sparse._centres import centres
+from attnbench.impls.sparse._density import keys_at
 from attnbench.impls.spec import Hyper, Paper
 from attnbench.kernels.flash.reference import visible_pairs
 
@@ -60,6 +61,12 @@ class LocalWindow(MaskAttention):
                 f"expected at least {least}"
             )
 
+    @classmethod
+    def at_density(cls, density: float, n: int, m: int, pattern: Pattern) -> Mapping[str, Any]:
+        """A window of as many keys as the density gives a query."""
+        kept = keys_at(density, n, m, pattern)
+        return {"window": kept if pattern is Pattern.CS else kept // 2}
+
     def mask_options(self, n: int, m: int, device: torch.device) -> Mapping[str, Any]:
         """The window around each query's position on the axis of the keys."""
         w = self.hp.window
@@ -67,7 +74,7 @@ class LocalWindow(MaskAttention):
             return {"causal": True, "window": (w - 1, 0)}
         if self.pattern is Pattern.NS:
             return {"window": (w, w)}
-        return {"window": (w, w), "q_pos": _centres(n, m, device, causal=self.pattern is Pattern.CC)}
+        return {"window": (w, w), "q_pos": centres(n, m, device, causal=self.pattern is Pattern.CC)}
 
     def visible(self, n: int, m: int, device: torch.device) -> Tensor:
         """The mask, bool (N, M)."""
@@ -91,15 +98,3 @@ class LocalWindow(MaskAttention):
     def extra_bytes(self, n: int, m: int, itemsize: int) -> int:
         """The log-sum-exp, fp32, kept for the backward."""
         return 4 * self.num_heads * n
-
-
-@lru_cache(maxsize=32)  # one tensor per length: the masks that backends keep are found by it
-@torch.inference_mode(False)
-def _centres(n: int, m: int, device: torch.device, *, causal: bool) -> Tensor:
-    """Position on the key axis of each query, int32, non-decreasing; causal: whatever N is."""
-    i = torch.arange(n, device=device)
-    if causal:
-        return i.clamp(max=m - 1).int()
-    if n == 1:
-        return torch.full((1,), m - 1, device=device, dtype=torch.int32)
-    return ((2 * i * (m - 1) + (n - 1)) // (2 * (n - 1))).int()

@@ -232,7 +232,7 @@ def test_values_of_another_width_are_refused(backend: str) -> None:
         module("NS", backend).attend(heads(4), heads(4), heads(4, 6))
 
 
-@pytest.mark.parametrize("pattern", ["NS", "CC"])
+@pytest.mark.parametrize("pattern", ["NS", "CS", "CC"])
 def test_triton_agrees_with_fp64(pattern: str) -> None:
     q, k, v = heads(40, b=1), heads(40, b=1), heads(40, b=1)
     abc = module(pattern, "triton")
