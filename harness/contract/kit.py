@@ -24,7 +24,7 @@ from attnbench.harness.contract import (
 )
 from attnbench.harness.contract.outcome import CheckFailed, NotApplicable, Outcome, Status
 from attnbench.harness.contract.probe import Probe, Target
-from attnbench.kernels.backends import Unsupported, available
+from attnbench.kernels.backends import OWN, Unsupported, available
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,12 @@ ON_EVERY_RANK = {
 DIFFERENTIATING = {"gradcheck", "gradients_agree", "finite_gradients", "parameters_learn"}
 """Checks that need a backward pass."""
 
-INTERPRETED = {"agrees_with_reference", "gradients_agree"}
-"""Checks that compute with Triton in its interpreter, where every launch costs tens of milliseconds.
+COMPARING = {"agrees_with_reference", "gradients_agree"}
+"""Checks that compute with a backend whose own properties are not in question.
 
-The reference passes all others on every rank of grids; these say that outputs and gradients are those of the
-reference. On a GPU Triton is checked like any other backend."""
+These are Triton in its interpreter, where every launch costs tens of milliseconds, and other libraries. The
+reference passes all others on every rank of grids; these say that outputs and gradients are those of the
+reference. On a GPU Triton is checked like our other backends."""
 
 
 def checks() -> list[Check]:
@@ -109,10 +110,10 @@ def _run(check: Check, target: Target) -> Outcome:
     if target.mechanism.spec.forward_only and check.name in DIFFERENTIATING:
         return outcome("not applicable", f"no backward pass: {target.mechanism.spec.forward_only}")
     ranks = sorted(target.mechanism.spec.grid_ranks)
-    slow = Probe(target, ranks[0]).slow
-    if slow and check.computes and check.name not in INTERPRETED:
-        return outcome("not applicable", "interpreted: covered by agreement with the reference")
-    if slow or check.name not in ON_EVERY_RANK:
+    compared = Probe(target, ranks[0]).slow or target.backend not in OWN
+    if compared and check.computes and check.name not in COMPARING:
+        return outcome("not applicable", "covered by agreement with the reference")
+    if compared or check.name not in ON_EVERY_RANK:
         ranks = ranks[:1]
     found: list[tuple[Status, str]] = []
     for rank in ranks:
