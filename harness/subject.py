@@ -113,7 +113,8 @@ def as_reference(subject: Subject, dtype: torch.dtype) -> Subject:
     module.load_state_dict(subject.module.state_dict())
     device = subject.inputs[0].device
     module = module.to(device=device, dtype=dtype).eval()
-    module.requires_grad_(subject.upstream is not None)
+    for mine, theirs in zip(module.parameters(), subject.module.parameters(), strict=True):
+        mine.requires_grad_(theirs.requires_grad)  # a mechanism may hold frozen weights
     inputs = tuple(x.detach().to(dtype).requires_grad_(subject.upstream is not None) for x in subject.inputs)
     extras = {
         name: x.detach().to(dtype).requires_grad_(x.requires_grad) if x.is_floating_point() else x

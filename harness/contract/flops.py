@@ -19,17 +19,19 @@ def flops_match_counter(probe: Probe) -> NotApplicable | None:
     if probe.target.backend != spec.flops_backend:
         return NotApplicable(f"Spec.flops_backend is {spec.flops_backend}: counted there")
     for n, m in probe.cost_sizes():
-        instance = probe.build(Shape(n, m))
-        counter = FlopCounterMode(display=False)
-        with counter:
-            instance()
-        counted, stated = (
-            counter.get_total_flops(),
-            instance.module.cost("counted_flops", n, m, **instance.grids()),
-        )
+        counted, stated = count(probe, n, m)
         if not abs(stated - counted) <= TOLERANCE * counted:
             raise CheckFailed(f"N, M = {n, m}: counted_flops() {stated}", f"{counted} as counted, within 2 %")
     return None
+
+
+def count(probe: Probe, n: int, m: int) -> tuple[int, int]:
+    """FLOPs of one batch element with N queries and M keys: as torch counts them, as the formula says."""
+    instance = probe.build(Shape(n, m))
+    counter = FlopCounterMode(display=False)
+    with counter:
+        instance()
+    return counter.get_total_flops(), instance.module.cost("counted_flops", n, m, **instance.grids())
 
 
 CHECKS = (flops_match_counter,)

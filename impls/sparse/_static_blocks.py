@@ -90,5 +90,11 @@ class StaticBlocks(SparseAttention):
 def kept_pairs(selection: Selection, heads: int, causal: bool) -> int:
     """Pairs of tokens that ``heads`` heads keep, exactly, for one batch element."""
     n, m = selection.n, selection.m
-    allowed = heads * (n * m if not causal else sum(max(0, min(m, i + 1 + m - n)) for i in range(n)))
-    return round(float(selection.density(causal)) * allowed)
+    allowed = causal_pairs(n, m) if causal else n * m
+    return round(float(selection.density(causal)) * heads * allowed)
+
+
+def causal_pairs(n: int, m: int) -> int:
+    """Pairs with j ≤ i + M − N: query i sees the first i + 1 + M − N keys, none where that is not positive."""
+    seeing = min(n, m)
+    return seeing * (m - seeing + 1 + m) // 2

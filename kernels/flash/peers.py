@@ -247,15 +247,17 @@ def _block_mask_of_tests(mask: Mask, where: Band) -> Any:
 
     code, low, high, clauses = packed(mask, where.n, where.m)
     batch, heads = code.shape[1:3]
+    # tensors, no indices: Dynamo takes a captured integer that it has seen with two values for a variable
+    tests = [[(code[t], low[t], high[t]) for t in clause] for clause in clauses]
 
     def visible(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         b, h = b % batch, h % heads
         seen = j < 0
-        for clause in clauses:
+        for clause in tests:
             inside = j >= 0
-            for t in clause:
-                found = code[t, b, h, j]
-                inside = inside & (found >= low[t, b, h, i]) & (found <= high[t, b, h, i])
+            for of_key, least, most in clause:
+                found = of_key[b, h, j]
+                inside = inside & (found >= least[b, h, i]) & (found <= most[b, h, i])
             seen = seen | inside
         return seen
 

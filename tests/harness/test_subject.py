@@ -1,0 +1,16 @@
+"""A case made concrete: what is differentiated, here and on the reference."""
+
+import torch
+
+from attnbench.harness.subject import as_reference, build
+from attnbench.impls.case import Case, Workload
+
+
+def test_weights_that_a_mechanism_holds_frozen_stay_frozen_on_the_reference():
+    workload = Workload("tiny", batch=1, heads=2, kv_heads=2, head_dim=8)
+    case = Case("seer_attention", "torch", "CS", workload, 32, 32, "float32", "fwd_bwd", "cpu")
+    subject = build(case)
+    reference = as_reference(subject, torch.float64)
+    assert any(not p.requires_grad for p in subject.module.parameters())
+    assert len(reference.leaves()) == len(subject.leaves())
+    assert [x.shape for x in reference.step()] == [x.shape for x in subject.step()]
