@@ -83,7 +83,10 @@ class Subject:
             with torch.no_grad():
                 return (self.forward(),)
         output = self.forward()
-        return (output.detach(), *torch.autograd.grad(output, self.leaves(), self.upstream))
+        leaves = self.leaves()
+        # a definition may leave an input unread (shared queries and keys): its gradient is zero
+        grads = torch.autograd.grad(output, leaves, self.upstream, materialize_grads=True)
+        return (output.detach(), *grads)
 
 
 def build(case: Case, dist: str = "gaussian") -> Subject:
