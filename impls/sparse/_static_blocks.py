@@ -95,6 +95,6 @@ def kept_pairs(selection: Selection, heads: int, causal: bool) -> int:
 
 
 def causal_pairs(n: int, m: int) -> int:
-    """Pairs with j ≤ i + M − N: query i sees the first i + 1 + M − N keys, none where that is not positive."""
+    """Pairs with j ≤ i + M − N: query i sees the first i + 1 + M − N keys, none where that is ≤ 0."""
     seeing = min(n, m)
     return seeing * (m - seeing + 1 + m) // 2
