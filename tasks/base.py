@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from attnbench.errors import AttnbenchError, unknown_name
 from attnbench.impls.case import Workload
@@ -21,8 +21,16 @@ if TYPE_CHECKING:
     from attnbench.impls.base import Attention
     from attnbench.tasks.trainer import Recipe
 
-BuildAttention = Callable[[int], "Attention"]
-"""From the index of a layer to its attention module; who provides it seeds each layer."""
+Batch = Any
+"""What a session's batches yield and its loss takes: a tensor, or a tuple of tensors."""
+
+
+class BuildAttention(Protocol):
+    """Builds the attention under test for one layer; who provides it seeds each layer."""
+
+    def __call__(self, layer: int, shape: Shape | None = None) -> Attention:
+        """The module of layer ``layer``; ``shape`` where it differs from the shape of the preset."""
+        ...
 
 
 class TrainingDiverged(AttnbenchError):
@@ -35,11 +43,15 @@ class TrainingDiverged(AttnbenchError):
 
 @dataclass(frozen=True)
 class Shape:
-    """What the attention of a task sees: ``workload`` with N queries and M keys."""
+    """What the attention of a task sees: ``workload`` with N queries and M keys.
+
+    ``grid`` is the grid that the tokens really lie on, row by row; empty for a sequence.
+    """
 
     workload: Workload
     n: int
     m: int
+    grid: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,25 +101,33 @@ class Session(ABC):
         """The model around the given attention modules, initialised from torch's global generator."""
 
     @abstractmethod
-    def batches(self, seed: int) -> Callable[[], Tensor]:
-        """A source of training batches, in an order that ``seed`` determines."""
+    def batches(self, seed: int) -> Callable[[], Batch]:
+        """A source of training batches that ``seed`` alone determines, however often it was called before."""
 
     @abstractmethod
-    def loss(self, model: nn.Module, batch: Tensor) -> Tensor:
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss of one batch, a scalar."""
 
     @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """All metrics on the whole test part; the task's headline metric is among them."""
+        """All metrics on the whole test part; the task's headline metric is among them.
+
+        A metric at another length or load is named ``metric@n=512`` or ``metric@pairs=16``: figures of
+        accuracy against length are drawn from these names.
+        """
 
 
 @dataclass(frozen=True)
 class Preset:
-    """One size of a task; tasks add the dimensions of their model."""
+    """One size of a task; tasks add the dimensions of their model.
+
+    ``shape`` is what the attention under test sees; a task whose patterns see different shapes overrides
+    :meth:`Task.workload`. ``checks`` holds the patterns that the preset was shown to discriminate.
+    """
 
     shape: Shape
     recipe: Recipe
-    check: LearningCheck | None
+    checks: Mapping[Pattern, LearningCheck]
 
 
 @dataclass(frozen=True)
@@ -132,10 +152,13 @@ class Task(ABC):
             raise unknown_name(f"preset of task {self.id}", name, self.presets)
         return self.presets[name]
 
-    def workload(self, preset: str) -> Shape:
-        """The shape that the attention of ``preset`` sees."""
+    def workload(self, preset: str, pattern: Pattern) -> Shape:
+        """The shape that the attention under test sees in ``preset`` when it stands for ``pattern``."""
         return self.preset(preset).shape
 
     @abstractmethod
-    def open(self, preset: str, device: str) -> Session:
-        """Load the data of ``preset`` onto ``device``."""
+    def open(self, preset: str, pattern: Pattern, device: str) -> Session:
+        """Load the data of ``preset`` onto ``device``, for a model whose ``pattern`` is under test.
+
+        All other attention of the model is softmax attention (:func:`attnbench.tasks.controls.softmax`).
+        """

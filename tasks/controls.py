@@ -13,9 +13,12 @@ from attnbench.impls.spec import Pattern
 
 if TYPE_CHECKING:
     from attnbench.impls.base import Attention
+    from attnbench.tasks.base import Shape
 
 NAMES = ("no_mixing", "uniform")
 """``no_mixing``: no token sees another. ``uniform``: tokens are averaged, without any addressing."""
+EXACT = ("torch", "sdpa_flash")
+"""Backends of softmax that every task runs beside the mechanism: two exact forms whose scores must tie."""
 
 
 def attention_class(name: str) -> type[Attention]:
@@ -28,6 +31,14 @@ def attention_class(name: str) -> type[Attention]:
         }[name]
         return found
     return registry.mechanism(name)
+
+
+def why_not(mechanism: str, task: str) -> str:
+    """Why no task can train ``mechanism``, empty when it can: tasks give x and a context, and no more."""
+    needed = [declared.name for declared in attention_class(mechanism).spec.served_inputs("layer")]
+    if not needed:
+        return ""
+    return f"task {task} gives x and a context: {mechanism} needs {', '.join(needed)} besides"
 
 
 def build_attention(
@@ -49,3 +60,11 @@ def build_attention(
     kind = attention_class(name)
     options = {**kind.for_length(n, m), **hyper}
     return kind(embed_dim, num_heads, pattern=pattern, backend=backend, **options)
+
+
+def softmax(shape: Shape, pattern: Pattern | str, backend: str = "auto") -> Attention:
+    """Softmax attention of ``shape``: what stands everywhere in a model but where a mechanism is tested."""
+    w = shape.workload
+    return build_attention(
+        "softmax", w.width, w.heads, pattern=pattern, backend=backend, n=shape.n, m=shape.m
+    )

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 
 from attnbench.errors import UsageError, unknown_name
 from attnbench.tasks.base import Task
 
-SUITES = ("cab",)
+SUITES = ("cab", "lra", "recall", "synthetic")
 """Folders that hold tasks; a file ``<suite>/<id>.py`` defines one as ``TASK``."""
 
 
@@ -33,6 +34,24 @@ def ids() -> list[str]:
 def suite_of(name: str) -> str:
     """Suite of a task. Raises UsageError for an unknown name."""
     return _module(name).split(".")[-2]
+
+
+def select(names: Iterable[str]) -> list[str]:
+    """Ids of the tasks that ``names`` mean: ids, globs, ``suite:recall`` or ``all``, each id once.
+
+    Raises UsageError for a name that means no task.
+    """
+    chosen: dict[str, None] = {}
+    for name in names:
+        suite = name.removeprefix("suite:") if name.startswith("suite:") else None
+        if suite is not None and suite not in SUITES:
+            raise unknown_name("suite of tasks", suite, SUITES)
+        wanted = "*" if name == "all" else name
+        found = [i for i in ids() if (suite_of(i) == suite if suite else fnmatchcase(i, wanted))]
+        if not found:
+            _module(name)
+        chosen.update(dict.fromkeys(found))
+    return list(chosen)
 
 
 def task(name: str) -> Task:

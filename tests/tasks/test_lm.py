@@ -12,6 +12,7 @@ from attnbench.errors import UsageError
 from attnbench.results.schema import BY_NAME
 from attnbench.tasks import registry
 from attnbench.tasks.base import TrainingDiverged
+from attnbench.tasks.blocks import TokenModel
 from attnbench.tasks.cab import lm
 from attnbench.tasks.data import text
 from attnbench.tasks.run import run_task
@@ -22,7 +23,7 @@ STEPS = 20
 @pytest.fixture
 def short(monkeypatch):
     """The tiny preset with a training run of seconds and a shorter test part."""
-    preset = replace(lm.TINY, recipe=replace(lm.TINY.recipe, steps=STEPS, warmup=5), eval_batch=16)
+    preset = replace(lm.TINY, recipe=replace(lm.TINY.recipe, steps=STEPS, warmup=5), lengths=(64,))
     monkeypatch.setattr(lm, "TASK", replace(lm.TASK, presets={"tiny": preset}))
     monkeypatch.setattr(lm.text, "TEST_SHARE", 0.01)
 
@@ -84,6 +85,41 @@ def test_metrics_of_a_model_that_knows_nothing_and_of_a_bigram_count():
     assert 9.0 < session.evaluate(Bigram())["byte_ppl"] < 12.0
 
 
+def test_other_lengths_and_late_quarters_are_scored_on_the_same_bytes():
+    session = lm.LMSession(replace(lm.TINY, lengths=(32, 512)), "cpu")
+
+    class Counting(nn.Module):
+        """Knows the next byte of all of a block but its first two and its last."""
+
+        def forward(self, tokens):
+            logits = torch.zeros(*tokens.shape, text.VOCABULARY)
+            after = torch.cat((tokens[:, 1:], tokens[:, :1]), 1)
+            known = torch.nn.functional.one_hot(after, text.VOCABULARY) * 1e4
+            logits[:, 2:-1] = known[:, 2:-1]
+            return logits
+
+    found = session.evaluate(Counting())
+    assert found["byte_ppl@n=128"] == found["byte_ppl"]
+    for n in (32, 128, 512):  # the last byte of a block cannot be seen by its model, it stands outside
+        assert math.log(found[f"byte_ppl@n={n}"]) == pytest.approx(3 / n * math.log(128), rel=0.02)
+        assert math.log(found[f"byte_ppl_late@n={n}"]) == pytest.approx(4 / n * math.log(128), rel=0.02)
+
+
+def test_a_length_that_a_mechanism_refuses_has_no_number():
+    session = lm.LMSession(replace(lm.TINY, lengths=(256,)), "cpu")
+
+    class Short(nn.Module):
+        def forward(self, tokens):
+            if tokens.shape[1] > 128:
+                raise UsageError("too long")
+            return torch.zeros(*tokens.shape, text.VOCABULARY)
+
+    found = session.evaluate(Short())
+    assert found["byte_ppl"] == pytest.approx(128.0)
+    assert math.isnan(found["byte_ppl@n=256"])
+    assert math.isnan(found["byte_ppl_late@n=256"])
+
+
 def test_batches_are_windows_of_the_training_part_and_depend_on_the_seed():
     session = lm.LMSession(lm.TINY, "cpu")
     draw, again, other = session.batches(0), session.batches(0), session.batches(1)
@@ -121,7 +157,7 @@ def test_a_row_has_the_task_columns_and_training_learns(short):
     assert set(row) <= set(BY_NAME)
     assert (row["metric"], row["metric_better"], row["steps"], row["n"]) == ("byte_ppl", "lower", STEPS, 128)
     assert 5.0 < row["metric_value"] < 60.0  # 128 before training
-    assert row["params"] == row["params_softmax"] == 124_672
+    assert row["params"] == row["params_softmax"] == 116_480
     assert row["tokens_per_s"] == pytest.approx(STEPS * 16 * 128 / row["train_s"])
     assert row["data"] == "embedded: python help topics"
     assert row["ops_used"] == ["flash/torch"]
@@ -205,7 +241,7 @@ def test_divergence_is_an_error_with_step_and_loss(short):
 def test_more_than_a_tenth_more_parameters_is_flagged(short):
     row = run_task("lm", f"{__file__}:Heavy")
     assert row["params"] == row["params_softmax"] + 2 * (128 * 128 + 128)
-    assert row["flags"] == ["parameters: observed +26.5 % of the softmax model, limit +10 %"]
+    assert row["flags"] == ["parameters: observed +28.4 % of the softmax model, limit +10 %"]
 
 
 def test_the_time_limit_is_flagged(short, monkeypatch):
@@ -220,7 +256,7 @@ def test_the_time_limit_is_flagged(short, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"preset": "paper"}, "unknown preset of task lm 'paper'"),
+        ({"preset": "huge"}, "unknown preset of task lm 'huge'"),
         ({"pattern": "NS"}, "task lm: observed pattern NS, expected CS"),
         ({"mechanism": "softmaxx"}, "did you mean softmax"),
         ({"task": "ln"}, "unknown task 'ln'"),
@@ -243,19 +279,20 @@ def test_every_task_says_what_it_is():
         assert task.source
         assert "tiny" in task.presets
         for preset in task.presets:
-            shape = task.workload(preset)
-            assert shape.workload.name == f"{name}_{preset}"
-        assert registry.suite_of(name) == "cab"
+            for pattern in task.patterns:
+                assert task.workload(preset, pattern).workload.name == f"{name}_{preset}"
+        assert registry.suite_of(name) in registry.SUITES
 
 
 def test_the_small_preset_builds_and_takes_a_step_on_meta_shapes():
     with torch.device("meta"):
-        model = lm.LanguageModel(512, 2048, [_small_attention() for _ in range(lm.SMALL.layers)])
+        attentions = [_small_attention() for _ in range(lm.SMALL.layers)]
+        model = TokenModel(text.VOCABULARY, 2048, attentions, positions="sinusoidal")
         logits = model(torch.zeros(1, 64, dtype=torch.long))
     assert logits.shape == (1, 64, text.VOCABULARY)
-    width, context = 512, 2048
+    width = 512
     block = 4 * (width**2 + width) + 2 * 4 * width**2 + 5 * width + 4 * width
-    tables = (2 * text.VOCABULARY + context) * width
+    tables = 2 * text.VOCABULARY * width
     assert sum(p.numel() for p in model.parameters()) == 8 * block + tables + 2 * width
 
 
@@ -263,12 +300,3 @@ def _small_attention():
     from attnbench.impls.registry import build
 
     return build("softmax", 512, 8, pattern="CS", backend="reference")
-
-
-# ---- the learning check --------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_tiny_learns_with_softmax_and_does_not_without_mixing():
-    scores = {name: run_task("lm", name, seed=0)["metric_value"] for name in ("softmax", "no_mixing")}
-    assert lm.TINY.check.problems("lower", **scores) == []

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from attnbench.tasks.base import LearningCheck, TrainingDiverged
-from attnbench.tasks.trainer import CHECK_EVERY, Recipe, learning_rate, seed_of, train
+from attnbench.tasks.trainer import CHECK_EVERY, Checkpoints, Recipe, learning_rate, seed_of, train
 
 RECIPE = Recipe(steps=30, lr=0.1, warmup=10)
 
@@ -150,3 +150,58 @@ def test_learning_check_names_the_side_that_fails(better, softmax, no_mixing, wo
     problems = check.problems(better, softmax, no_mixing)
     assert len(problems) == len(words)
     assert all(word in problem for word, problem in zip(words, problems, strict=True))
+
+
+def test_other_schedules_fall_as_they_say():
+    linear = Recipe(steps=110, lr=1.0, warmup=10, final=0.2, schedule="linear")
+    assert learning_rate(linear, 60) == pytest.approx(0.2 + 0.8 * 0.5)
+    root = Recipe(steps=1000, lr=1.0, warmup=100, schedule="inverse_sqrt")
+    assert learning_rate(root, 99) == pytest.approx(1.0)
+    assert learning_rate(root, 399) == pytest.approx(0.5)
+
+
+def test_accumulated_batches_are_one_step_on_their_union():
+    whole, parts = Line(), Line()
+    parts.load_state_dict(whole.state_dict())
+    rows = torch.randn(60, 1, generator=torch.Generator().manual_seed(1))
+    large, small = iter(rows.split(20)), iter(rows.split(10))
+    recipe = replace(RECIPE, steps=3)
+    train(whole, lambda: next(large), loss_of, recipe, 20)
+    trained = train(parts, lambda: next(small), loss_of, replace(recipe, accumulate=2), 10)
+    assert parts.layer.weight.item() == pytest.approx(whole.layer.weight.item(), rel=1e-6)
+    assert trained.steps == 3
+
+
+class Killed(Exception):
+    """Ends a training from outside."""
+
+
+def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_path):
+    straight, cut, again = Line(), Line(), Line()
+    for model in (cut, again):
+        model.load_state_dict(straight.state_dict())
+    train(straight, source(), loss_of, RECIPE, 16)
+    checkpoints = Checkpoints(tmp_path / "deep/state.pt", every_s=1.5)
+
+    def kill(done, planned, loss):
+        if done == 20:
+            raise Killed
+
+    with pytest.raises(Killed):
+        train(cut, source(), loss_of, RECIPE, 16, kill, Clock(), checkpoints)
+    done = []
+    trained = train(again, source(), loss_of, RECIPE, 16, lambda d, *_: done.append(d), Clock(), checkpoints)
+    assert done == [20, 30]
+    assert trained.steps == 30
+    assert torch.equal(again.layer.weight, straight.layer.weight)
+    checkpoints.clear()
+    assert not checkpoints.path.exists()
+
+
+def test_a_checkpoint_never_runs_code(tmp_path):
+    import pickle
+
+    path = tmp_path / "state.pt"
+    path.write_bytes(pickle.dumps({"done": print}))
+    with pytest.raises(pickle.UnpicklingError):
+        train(Line(), source(), loss_of, RECIPE, 16, checkpoints=Checkpoints(path))

@@ -1,0 +1,1 @@
+"""Tasks of exact recall over long sequences: associative recall, needles, copying, induction."""
