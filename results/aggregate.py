@@ -6,6 +6,7 @@ Report and site show summaries, never single rows, so that both round, rank and 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -160,15 +161,13 @@ def rank(summaries: Iterable[Summary]) -> list[Ranked]:
 def rank_ranges(intervals: Sequence[tuple[float, float] | None]) -> list[tuple[int, int] | None]:
     """(best, worst) rank of each interval among those given, lower being better; None for None."""
     known = [interval for interval in intervals if interval is not None]
-    ranges: list[tuple[int, int] | None] = []
-    for interval in intervals:
-        if interval is None:
-            ranges.append(None)
-            continue
-        surely_better = sum(1 for _, hi in known if hi < interval[0])
-        surely_worse = sum(1 for lo, _ in known if lo > interval[1])
-        ranges.append((1 + surely_better, len(known) - surely_worse))
-    return ranges
+    starts, ends = sorted(lo for lo, _ in known), sorted(hi for _, hi in known)
+
+    def place(lo: float, hi: float) -> tuple[int, int]:
+        surely_better, not_surely_worse = bisect_left(ends, lo), bisect_right(starts, hi)
+        return 1 + surely_better, not_surely_worse
+
+    return [None if interval is None else place(*interval) for interval in intervals]
 
 
 def worst(statuses: Iterable[str]) -> Status:

@@ -25,8 +25,8 @@ from attnbench.results.format import NONE, number
 from attnbench.results.rows import Row
 from attnbench.results.table import Column, Record, Table, table
 
-FailOn = Literal["slower", "uncertain", "never"]
-FAIL_ON: Final[tuple[FailOn, ...]] = ("slower", "uncertain", "never")
+FailOn = Literal["slower", "uncertain", "incorrect", "missing", "never"]
+FAIL_ON: Final[tuple[FailOn, ...]] = ("slower", "uncertain", "incorrect", "missing", "never")
 
 
 @dataclass(frozen=True)
@@ -69,9 +69,17 @@ class Comparison:
         )
 
     def failed(self, fail_on: FailOn) -> bool:
-        """Whether the comparison is a failure. What got worse exactly is one, unless nothing is."""
+        """Whether the comparison is a failure.
+
+        ``slower``: a case is, or got worse exactly; ``uncertain``: or one may be. ``incorrect``: a case that
+        ended well no longer does; ``missing``: one has no partner in the head. Both look at no time.
+        """
         if fail_on == "never":
             return False
+        if fail_on == "missing":
+            return bool(self.only_base)
+        if fail_on == "incorrect":
+            return any(finding.column == "status" for case in self.cases for finding in case.findings)
         bad = {Verdict.SLOWER} if fail_on == "slower" else {Verdict.SLOWER, Verdict.UNCERTAIN}
         return any(case.findings or case.decision.verdict in bad for case in self.cases)
 

@@ -1,4 +1,4 @@
-"""Figures for papers: time and memory against length, approximation error against time.
+"""Figures for papers: time and memory against length, approximation error against time, scores of tasks.
 
 Built on matplotlib's object interface, so no window system and no global state is touched; matplotlib is
 imported when a figure is drawn. An impl looks the same in every panel and figure of one call.
@@ -19,6 +19,8 @@ from attnbench.results.format import bytes_text, length, number, time_text
 from attnbench.results.report import BASELINE
 from attnbench.results.rows import Row
 from attnbench.results.schema import Status
+from attnbench.results.score_figures import score_figure, score_name
+from attnbench.results.seeds import Score, scores
 from attnbench.results.series import Panel, Point, Series
 
 if TYPE_CHECKING:
@@ -103,8 +105,16 @@ def draw(
         *((f.name, scaling_figure(f, looks)) for f in times),
         *((f.name, scaling_figure(f, looks, "mem_peak_bytes")) for f in memory),
         *((f.name, fidelity_figure(f, looks)) for f in errors),
+        *((score_name(table), _styled(score_figure, table)) for table in scores(summaries)),
     ]
     return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures for kind in formats]
+
+
+def _styled(make: Callable[[Sequence[Score]], Figure], found: Sequence[Score]) -> Figure:
+    import matplotlib as mpl
+
+    with mpl.rc_context(STYLE):
+        return make(found)
 
 
 def save(figure: Figure, path: str | Path) -> Path:
@@ -302,6 +312,7 @@ def _draw_curves(axis: Axes, panel: Panel, shown: Looks) -> None:
             linestyle=look.line,
             markeredgecolor="white",
             markeredgewidth=0.4,
+            zorder=3 if look.colour == BLACK else 2,
         )
         for point in series.points:
             if point.lo is not None and point.hi is not None:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from attnbench.errors import AttnbenchError
+from attnbench.errors import AttnbenchError, UsageError
 
 
 @contextlib.contextmanager
@@ -18,6 +18,8 @@ def atomically(path: str | Path) -> Iterator[Path]:
     when the folder cannot be written or the disk is full.
     """
     final = Path(path)
+    if final.name in ("", "..") or (os.path.lexists(final) and not final.is_file()):
+        raise UsageError(f"{final}: observed no place for a file, expected the name of a file, new or old")
     draft = final.with_name(f".{final.stem}.{os.getpid()}{final.suffix}")
     try:
         final.parent.mkdir(parents=True, exist_ok=True)

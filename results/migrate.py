@@ -20,7 +20,7 @@ def _only_new_columns(row: Row) -> Row:
     return row
 
 
-LIFTS: Final[dict[int, Callable[[Row], Row]]] = {1: _only_new_columns}
+LIFTS: Final[dict[int, Callable[[Row], Row]]] = {1: _only_new_columns, 2: _only_new_columns}
 """Version → the function that turns a row of it into a row of the next version. Version 1 is the first."""
 
 

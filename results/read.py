@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
+from attnbench.errors import UsageError
 from attnbench.results import schema
 from attnbench.results.merge import union
 from attnbench.results.rows import Row, to_table
-from attnbench.results.sources import Paths, read_parts
+from attnbench.results.sources import Part, Paths, read_parts
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -19,9 +20,21 @@ def rows(paths: Paths) -> list[Row]:
     """Rows of one or several run folders, Parquet files or journals, each measurement once.
 
     A row has every column of the schema, in its order; what is not known is None. Raises UsageError for a
-    path that is missing or unreadable and for measurements that contradict each other.
+    path that is missing or unreadable, a row without a required column, and measurements that contradict
+    each other.
     """
-    return union(read_parts(paths))
+    return union(_complete(part) for part in read_parts(paths))
+
+
+def _complete(part: Part) -> Part:
+    for index, row in enumerate(part.rows):
+        missing = [name for name in schema.REQUIRED if row[name] is None]
+        if missing:
+            raise UsageError(
+                f"{part.path}, {part.locator(index)}: observed no {', '.join(missing)}, expected every "
+                f"required column; see all that is wrong with attnbench validate {part.path}"
+            )
+    return part
 
 
 def load(path_or_paths: Paths) -> pd.DataFrame:

@@ -76,7 +76,7 @@ def case_tables(summaries: Iterable[Summary], baseline: str = BASELINE) -> list[
     groups: dict[tuple[Any, ...], list[Summary]] = {}
     for s in summaries:
         if s.get("scope") != "task":
-            groups.setdefault((*sweep_of(s), s.get("n"), s.get("m") or 0), []).append(s)
+            groups.setdefault((*sweep_of(s), s.get("n") or 0, s.get("m") or 0), []).append(s)
     order = sorted(groups, key=lambda key: (*map(str, key[:-2]), key[-2], key[-1]))
     return [_case_table(groups[key], baseline) for key in order]
 

@@ -6,7 +6,8 @@ Arrow alone would not do: it turns 1.5 into 1 in an integer column without a wor
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -30,16 +31,31 @@ def check(row: Row) -> None:
         raise ValueError(f"invalid row (programming error): {'; '.join(found)}")
 
 
+def mended(row: Row) -> Row:
+    """The row if it is valid; else an ``error`` of the same case that says what was wrong with it.
+
+    For rows whose values an impl had a say in: an invalid one must neither be stored nor end a sweep.
+    """
+    found = [*schema.problems(row), *misfits(row)]
+    if not found:
+        return row
+    sound = {
+        name: value for name, value in row.items() if name in schema.BY_NAME and not misfits({name: value})
+    }
+    reason = f"the impl gave an invalid row: {'; '.join(found)}"
+    return {**schema.without_performance(sound), "status": schema.Status.ERROR.value, "reason": reason[:500]}
+
+
 def misfits(row: Row) -> list[str]:
     """Values that do not fit the type of their column, in words. Unknown columns are not its business."""
     found = []
     for name, value in row.items():
-        column = schema.BY_NAME.get(name)
-        if column is None or value is None:
+        misfit = _MISFITS.get(name)
+        if misfit is None or value is None:
             continue
-        wrong = _misfit(value, column.type)
+        wrong = misfit(value)
         if wrong:
-            found.append(f"{name}: observed {wrong}, expected {column.type}")
+            found.append(f"{name}: observed {wrong}, expected {schema.BY_NAME[name].type}")
     return found
 
 
@@ -61,21 +77,42 @@ def to_table(rows: Sequence[Row]) -> pa.Table:
     return pa.table(columns, schema=schema.arrow_schema())
 
 
-def _misfit(value: Any, kind: pa.DataType) -> str:
-    """What does not fit, empty when it does."""
+Misfit = Callable[[Any], str]
+"""What of a value does not fit; empty when it does."""
+
+
+def _misfit_of(kind: pa.DataType) -> Misfit:
+    """How values of a type are looked at; asked once a column, because rows are many."""
     if pa.types.is_list(kind):
-        if not isinstance(value, list | tuple):
-            return repr(value)
-        wrong = (_misfit(item, kind.value_type) for item in value)
-        return next((f"{text} in the list" for text in wrong if text), "")
+        return partial(_no_list, _misfit_of(kind.value_type), kind.value_type == pa.float32())
     if pa.types.is_boolean(kind):
-        return "" if isinstance(value, bool) else repr(value)
+        return lambda value: "" if isinstance(value, bool) else repr(value)
     if pa.types.is_string(kind):
-        return "" if isinstance(value, str) and _encodes(value) else repr(value)
+        return lambda value: "" if isinstance(value, str) and _encodes(value) else repr(value)
+    if pa.types.is_integer(kind):
+        return _no_integer
+    return partial(_no_float, 1 << (24 if kind == pa.float32() else 53))
+
+
+def _no_list(misfit: Misfit, floats: bool, value: Any) -> str:
+    if not isinstance(value, list | tuple):
+        return repr(value)
+    if floats and set(map(type, value)) == {float} and all(map(math.isfinite, value)):
+        return ""  # samples are many, and nearly always as they should be
+    return next((f"{wrong} in the list" for item in value if (wrong := misfit(item))), "")
+
+
+def _no_integer(value: Any) -> str:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return "" if whole and -_INT64 <= value < _INT64 else repr(value)
+
+
+def _no_float(exact: int, value: Any) -> str:
+    """``exact``: Arrow takes whole numbers up to it, which a float holds exactly, and no others."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return repr(value)
-    if pa.types.is_integer(kind):
-        return "" if isinstance(value, int) and -_INT64 <= value < _INT64 else repr(value)
+    if isinstance(value, int):
+        return "" if -exact <= value <= exact else repr(value)
     return "" if math.isfinite(value) else f"{value} (not a finite number)"
 
 
@@ -86,3 +123,6 @@ def _encodes(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+_MISFITS = {column.name: _misfit_of(column.type) for column in schema.COLUMNS}

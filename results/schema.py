@@ -11,10 +11,11 @@ from typing import Any, Final
 
 import pyarrow as pa
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 """Raised when a column comes, goes or changes its meaning; :mod:`attnbench.results.migrate` lifts older ones.
 
 2: measured peaks and the bound that they give; geometry; what a sparse mechanism selects.
+3: every metric of a task, and the limits of its learning check; processes that compute one call together.
 """
 
 MEASUREMENT_VERSION: Final = 1
@@ -78,7 +79,7 @@ def _columns() -> tuple[Column, ...]:
             "Replication of the case, from 0: each block is a fresh process.",
             required=True,
         ),
-        c("suite", _STR, "case", "Named set of cases: `ops`, `lm`, ...", required=True),
+        c("suite", _STR, "case", "Named set of cases: `ops`, `cab`, `recall`, ...", required=True),
         c("preset", _STR, "case", "Preset of the run: `tiny`, `small`, `paper`.", required=True),
         c("mechanism", _STR, "case", "Attention mechanism.", required=True),
         c("backend", _STR, "case", "How its operations are computed.", required=True),
@@ -124,6 +125,7 @@ def _columns() -> tuple[Column, ...]:
         c("input_dist", _STR, "case", "Distribution of the timed inputs."),
         c("seed", _INT, "case", "Seed of inputs, initialisation and order."),
         c("device", _STR, "case", "Device as named in `harness/devices.toml`, or `cpu`.", required=True),
+        c("world_size", _INT, "case", "Processes, each with a device, that compute one call together."),
         # ---- how it ended
         c("status", _STR, "outcome", "How the case ended, one of nine words.", required=True),
         c("reason", _STR, "outcome", "Why, in one sentence; filled on every row that is not `ok`."),
@@ -138,7 +140,12 @@ def _columns() -> tuple[Column, ...]:
         c("duration_s", _F64, "outcome", "Wall time of the case with compilation, checks and all.", "s"),
         # ---- time
         c("time_us", _F64, "time", "Headline latency: median of `samples_us`.", "µs", performance=True),
-        c("time_kind", _STR, "time", "What `time_us` is: `device_cold` on a GPU, `cpu_hot` on a CPU."),
+        c(
+            "time_kind",
+            _STR,
+            "time",
+            "What `time_us` is: `device_cold` on a GPU, `cpu_hot` on a CPU, `slowest_rank` of several.",
+        ),
         c(
             "time_lo_us",
             _F64,
@@ -358,6 +365,9 @@ def _columns() -> tuple[Column, ...]:
         c("metric", _STR, "task", "Name of the metric."),
         c("metric_value", _F64, "task", "The metric on held-out data, one seed.", performance=True),
         c("metric_better", _STR, "task", "`lower` or `higher`."),
+        c("metrics", _STR, "task", "Every metric of the evaluation by name, as JSON; null where not finite."),
+        c("check_softmax", _F64, "task", "Score that softmax must beat for the preset to test attention."),
+        c("check_no_mixing", _F64, "task", "Score that a model without mixing must fail to reach."),
         c("steps", _INT, "task", "Optimiser steps taken.", "steps"),
         c("train_s", _F64, "task", "Training time, evaluation excluded.", "s", performance=True),
         c("tokens_per_s", _F64, "task", "Training throughput.", "tokens/s", performance=True),
@@ -419,6 +429,11 @@ def arrow_schema() -> pa.Schema:
     return pa.schema(fields, {"attnbench_schema_version": str(SCHEMA_VERSION)})
 
 
+REQUIRED: Final = tuple(column.name for column in COLUMNS if column.required)
+_PERFORMANCE: Final = tuple(column.name for column in COLUMNS if column.performance)
+_STATUSES: Final = frozenset(str(status) for status in Status)
+
+
 def problems(row: dict[str, Any]) -> list[str]:
     """What is wrong with one row, in words; empty for a valid one.
 
@@ -426,11 +441,11 @@ def problems(row: dict[str, Any]) -> list[str]:
     ``ok`` row carries its headline, and every other row carries its reason.
     """
     found = [f"unknown column {name!r}" for name in row if name not in BY_NAME]
-    found += [f"{c.name} is missing" for c in COLUMNS if c.required and row.get(c.name) is None]
+    found += [f"{name} is missing" for name in REQUIRED if row.get(name) is None]
     status = row.get("status")
-    if status not in set(Status):
+    if not isinstance(status, str) or status not in _STATUSES:
         return [*found, f"status {status!r} is not one of {', '.join(Status)}"]
-    filled = [c.name for c in COLUMNS if c.performance and row.get(c.name) is not None]
+    filled = [name for name in _PERFORMANCE if row.get(name) is not None]
     if status == Status.OK:
         headline = "metric_value" if row.get("scope") == "task" else "time_us"
         if row.get(headline) is None:

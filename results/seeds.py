@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from attnbench.results import stats
@@ -21,6 +22,10 @@ class Score:
 
     ``value`` is the mean over seeds, ``lo`` and ``hi`` its 95 % t-interval (None below three seeds), ``sd``
     the standard deviation over seeds.
+
+    ``metrics`` holds every metric of the evaluation by name, its values over the seeds in their order; a
+    metric that was not finite at some seed is left out of it. ``check_softmax`` and ``check_no_mixing`` are
+    the limits that the task states for its preset, None where it states none.
 
     ``status`` is the worst over seeds; with a seed that failed there is no mean, for the seeds that came
     through are no fair sample. ``best`` and ``last`` are the ranks that the intervals leave open, None for
@@ -53,6 +58,11 @@ class Score:
     data: str
     fingerprints: tuple[tuple[int, str], ...]
     started_at: str
+    suite: str = ""
+    n: int | None = None
+    metrics: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    check_softmax: float | None = None
+    check_no_mixing: float | None = None
     best: int | None = None
     last: int | None = None
 
@@ -114,7 +124,18 @@ def _score(group: Sequence[Summary]) -> Score:
             (s.get("seed") or 0, s.get("data_fingerprint")) for s in by_seed if s.get("data_fingerprint")
         ),
         started_at=max(s.started_at for s in by_seed),
+        suite=first.get("suite") or "",
+        n=_known(by_seed, "n"),
+        metrics=_metrics(by_seed) if values else {},
+        check_softmax=_known(by_seed, "check_softmax"),
+        check_no_mixing=_known(by_seed, "check_no_mixing"),
     )
+
+
+def _metrics(by_seed: Sequence[Summary]) -> dict[str, tuple[float, ...]]:
+    found = [json.loads(s.get("metrics") or "{}") for s in by_seed]
+    complete = [name for name in found[0] if all(row.get(name) is not None for row in found)]
+    return {name: tuple(float(row[name]) for row in found) for name in complete}
 
 
 def _ranked(found: Sequence[Score]) -> list[Score]:

@@ -5,6 +5,7 @@ The figures for papers and the charts of the site draw the same series.
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from attnbench.results.schema import Status
 PATTERNS: Final = ("NS", "CS", "NC", "CC")
 ENDS: Final = (Status.OOM, Status.TIMEOUT)
 """What ends a curve; every other failure leaves a gap and is counted beside the panel."""
+
+_NAME_CHARACTERS: Final = 150
+"""Of a figure's file name; file systems take 255 bytes and a suffix is still to come."""
 
 _SAME_FIGURE: Final = ("device", "scope", "workload", "dtype", "direction")
 
@@ -175,4 +179,7 @@ def _title(s: Summary) -> str:
 def _name(s: Summary, column: str) -> str:
     """A file name from known characters only, whatever a workload is called."""
     text = "_".join(str(s.get(name)) for name in _SAME_FIGURE) + f"_{s.software_key[:6]}_{column}"
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in text)
+    name = "".join(c if (c.isascii() and c.isalnum()) or c in "-_." else "-" for c in text)
+    if len(name) <= _NAME_CHARACTERS:
+        return name
+    return f"{name[:_NAME_CHARACTERS]}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"

@@ -51,6 +51,18 @@ def test_a_case_that_fails_now_is_a_finding(side, make_row):
     assert compare_rows(broken, broken).failed("slower") is False
 
 
+def test_wrong_results_and_missing_cases_fail_where_times_need_not(side, make_row):
+    broken = [make_row(block=b, status="incorrect") for b in range(6)]
+    slower, wrong, gone = (
+        compare_rows(side(), side(2.0)),
+        compare_rows(side(), broken),
+        compare_rows(side(), []),
+    )
+    assert [found.failed("incorrect") for found in (slower, wrong, gone)] == [False, True, False]
+    assert [found.failed("missing") for found in (slower, wrong, gone)] == [False, False, True]
+    assert not compare_rows(side(mem_peak_bytes=1), side(mem_peak_bytes=9)).failed("incorrect")
+
+
 def test_memory_is_compared_without_statistics(side):
     found = compare_rows(side(mem_peak_bytes=1000), side(mem_peak_bytes=2000))
     assert [f.column for f in found.cases[0].findings] == ["mem_peak_bytes"]
