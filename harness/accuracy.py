@@ -32,12 +32,20 @@ class Error:
     cosine: float
 
 
+REPEATED_ROUNDINGS, REPEATED_SPREADS = 16.0, 4.0
+"""How far apart two calls on equal inputs may be: so many roundings, or so many times as far as two were."""
+
+
 @dataclass(frozen=True)
 class Verdict:
-    """Outcome of the gate: what is wrong in words (empty when right) and the columns it measured."""
+    """Outcome of the gate: what is wrong in words (empty when right) and the columns it measured.
+
+    ``tolerance`` is how far another output on equal inputs may be from this one, relative to its RMS.
+    """
 
     wrong: str
     columns: dict[str, object]
+    tolerance: float = math.inf
 
 
 def distance(got: Tensor, truth: Tensor, beside_rms: float = 0.0, rounding: float = 0.0) -> Error:
@@ -100,7 +108,34 @@ def gate(
     }
     if len(errors) > 1:
         columns |= {"grad_err_rms": max(e.rms for e in errors[1:]), "grad_err_ratio": max(ratios[1:])}
-    return Verdict(_judge(names, errors, yards, ratios, dtype), columns)
+    spread = distance(again[0], got[0]).rms
+    tolerance = max(REPEATED_ROUNDINGS * ROUNDING_FLOOR.get(dtype, 1e-12), REPEATED_SPREADS * spread)
+    return Verdict(_judge(names, errors, yards, ratios, dtype), columns, tolerance)
+
+
+def unlike(output: Tensor, known: Tensor, tolerance: float) -> str:
+    """What is wrong when the output of a later call is not that of an earlier one on equal inputs."""
+    misshapen = _misshapen("the output of a later call", output, known)
+    if misshapen:
+        return misshapen
+    apart = distance(output, known).rms
+    if math.isfinite(apart) and apart <= tolerance:
+        return ""
+    return (
+        f"the output of a later call is {apart:.3g} from that of an earlier one on equal inputs, "
+        f"limit {tolerance:.3g}"
+    )
+
+
+def sharing(got: Tensor, again: Tensor, given: Sequence[Tensor]) -> str:
+    """What is wrong when an output lies in the memory of an input, or two outputs in the same memory."""
+    here = got.untyped_storage().data_ptr()
+    for index, x in enumerate(given):
+        if here and x.untyped_storage().data_ptr() == here:
+            return f"the output is a view of input {index}"
+    if here and again.untyped_storage().data_ptr() == here:
+        return "two calls return the same memory: the second overwrites the output of the first"
+    return ""
 
 
 def _judge(
@@ -153,10 +188,11 @@ def poisoned_allocations() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms does this too, and imports the whole compiler: 2 s in every worker
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch._C._set_deterministic_algorithms(before[0], warn_only=before[1])
         torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]

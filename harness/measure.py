@@ -7,9 +7,11 @@ before the long part starts, so that a time limit does not lose it.
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +20,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnbench.harness import accuracy, devices, memory, peaks, selection_report, timing
 from attnbench.harness.flags import Flag
+from attnbench.harness.guard import Guard, random_state
+from attnbench.harness.parallel import launch, ranks_of
 from attnbench.harness.subject import Subject, as_reference, build
+from attnbench.harness.witness import Witness
 from attnbench.harness.work import work_of
 from attnbench.impls import registry
 from attnbench.impls.base import SparseAttention
@@ -36,15 +41,35 @@ FIDELITY_MAX_N = 2048
 """Exact attention in fp64 holds the whole score matrix: beyond this length fidelity is measured at it."""
 
 
+@dataclass(frozen=True)
+class Gate:
+    """What the correctness gate found: columns and what is wrong.
+
+    ``output`` is that of a case which is short enough to have passed as it is, with its tolerance.
+    """
+
+    columns: dict[str, Any]
+    wrong: str
+    output: Tensor | None = None
+    tolerance: float = math.inf
+
+    def unlike(self, first: Tensor) -> str:
+        """What is wrong when ``first``, on inputs equal to those of the gate, is another output."""
+        return "" if self.output is None else accuracy.unlike(first, self.output, self.tolerance)
+
+
 class Measurer:
     """Measures cases in this process, one device for all of them."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._timing = timing.PRESETS[settings["timing"]]
+        self._timing_preset: str = settings["timing"]
+        self._timing = timing.PRESETS[self._timing_preset]
         self._gate_max_n: int = settings["gate_max_n"]
         self._preset: str = settings["preset"]
+        self._checkpoints = Path(settings["checkpoints"])
         torch.set_num_threads(settings["threads"])
         self._device = timing.open_device(settings["device"])
+        self._guard = Guard()  # no impl is loaded yet
 
     def poisoned(self) -> bool:
         """Whether the device context is dead, so that nothing after this can be trusted."""
@@ -52,18 +77,29 @@ class Measurer:
 
     def measure(self, case: Case, send: Send) -> dict[str, Any]:
         """All columns that the worker knows of ``case``, its status and its flags included."""
-        if case.scope == "task":
-            return self._train(case, send)
+        if ranks_of(case):  # by processes of their own
+            return launch.measure(case, self._timing_preset, self._gate_max_n)
+        row = self._train(case, send) if case.scope == "task" else self._measured(case, send)
+        wrong = self._guard.replaced()
+        if wrong:
+            row |= {"status": Status.INCORRECT, "reason": wrong}
+        return {**row, "flags": sorted({*row["flags"], *_texts(self._guard.changed())})}
+
+    def _measured(self, case: Case, send: Send) -> dict[str, Any]:
         peaks.measured(self._device, case.dtype)  # while the case does not hold its memory yet
         subject = build(case)
+        first: list[Tensor] = []
         with tuning.set_mode(tuning_mode(self._device.kind)), tuning.picked() as choices:
-            first_s = timing.time_once(subject.step, self._device)
-        columns, wrong, flags = self._checks(case)
-        columns |= self._work(subject)
+            first_s = timing.time_once(lambda: first.append(subject.step()[0].clone()), self._device)
+        changed = self._guard.changed()  # what follows is not to be built under settings of the impl
+        gate, flags = self._checks(case)
+        flags += changed
+        columns = gate.columns | self._work(subject)
         columns["tuned_config"] = tuned_config(choices)
         send({"kind": "partial", "columns": columns})
         audit = self._audit(subject)
         columns |= audit.columns() if audit else {}
+        wrong = gate.wrong or gate.unlike(first[0])
         if wrong:
             return {**columns, "status": Status.INCORRECT, "reason": wrong, "flags": _texts(flags)}
         before = [x.detach().clone() for x in subject.given]
@@ -71,16 +107,28 @@ class Measurer:
         used = memory.measure(
             subject.step, subject.forward, subject.inputs, case.direction, self._device, held
         )
-        timed = timing.measure(subject.step, self._device, self._timing, first_s)
-        wrong = self._after(subject, before)
+        witness = Witness(subject, first[0], gate.tolerance)
+        timed, disturbed = self._timed(subject, first_s, witness, send)
+        wrong = witness.finish() or self._after(subject, before)
+        flags += [*(audit.flags if audit else ()), *used.flags, *timed.flags, *disturbed]
         if wrong:
             return {**columns, "status": Status.INCORRECT, "reason": wrong, "flags": _texts(flags)}
         columns |= used.columns() | timed.columns() | self._selector(subject, timed.columns()["time_us"])
         columns |= self._rates(columns, case)
-        columns["flags"] = _texts(
-            [*flags, *(audit.flags if audit else ()), *used.flags, *timed.flags, *self._physics(columns)]
-        )
-        return {**columns, "status": Status.OK}
+        return {**columns, "flags": _texts([*flags, *self._physics(columns)]), "status": Status.OK}
+
+    def _timed(
+        self, subject: Subject, first_s: float, witness: Witness, send: Send
+    ) -> tuple[timing.Timing, tuple[Flag, ...]]:
+        """The times, between two readings of the clock for the driver to compare with its own."""
+        torch.manual_seed(subject.case.seed)  # a call that seeds has seeded before: it must be seen to
+        drawn = random_state()
+        send({"kind": "clock", "seconds": self._device.now_ns() * 1e-9})
+        timed = timing.measure(subject.step, self._device, self._timing, first_s, witness)
+        send({"kind": "clock", "seconds": self._device.now_ns() * 1e-9})
+        if subject.module.spec.stochastic or random_state() == drawn:
+            return timed, ()
+        return timed, (Flag("random_state", "a call changed torch's random state", "Spec.stochastic"),)
 
     def _audit(self, subject: Subject) -> timing.Audit | None:
         """What one call launches; None where the backend cannot be looked at."""
@@ -90,19 +138,19 @@ class Measurer:
 
     # ---- correctness -----------------------------------------------------------------------------------
 
-    def _checks(self, case: Case) -> tuple[dict[str, Any], str, list[Flag]]:
-        columns, wrong = self._gate(case)
+    def _checks(self, case: Case) -> tuple[Gate, list[Flag]]:
+        gate = self._gate(case)
         flags: list[Flag] = []
         spec = registry.spec(case.mechanism)
-        if not wrong and case.direction == "fwd" and case.scope == "op" and not spec.exact:
+        if not gate.wrong and case.direction == "fwd" and case.scope == "op" and not spec.exact:
             for dist in DISTRIBUTIONS:
                 values, flag = self._fidelity(case, dist)
-                columns |= values
+                gate = replace(gate, columns=gate.columns | values)
                 flags += flag
-            columns |= self._selection(case)
-        return columns, wrong, flags
+            gate = replace(gate, columns=gate.columns | self._selection(case))
+        return gate, flags
 
-    def _gate(self, case: Case) -> tuple[dict[str, Any], str]:
+    def _gate(self, case: Case) -> Gate:
         """Correctness on this shape, or on the longest that the fp64 reference is run at."""
         short = replace(case, n=min(case.n, self._gate_max_n), m=min(case.m, self._gate_max_n), grid=())
         if case.grid:
@@ -115,13 +163,14 @@ class Measurer:
             got = subject.step()
         again = subject.step()
         columns = {"gate_n": short.n, "ops_used": sorted({f"{op}/{backend}" for op, backend in used})}
-        changed = self._changed(subject, before)
-        if changed:  # nothing that follows would be computed on the same inputs
-            return columns, changed
+        wrong = self._changed(subject, before) or accuracy.sharing(got[0], again[0], subject.given)
+        if wrong:  # nothing that follows would be computed on the same inputs
+            return Gate(columns, wrong)
         truth = as_reference(subject, torch.float64).step()
         yard = as_reference(subject, subject.inputs[0].dtype).step()
         verdict = accuracy.gate(got, again, truth, yard, subject.like())
-        return {**verdict.columns, **columns}, verdict.wrong
+        output = got[0] if short == case else None
+        return Gate({**verdict.columns, **columns}, verdict.wrong, output, verdict.tolerance)
 
     def _fidelity(self, case: Case, dist: str) -> tuple[dict[str, Any], list[Flag]]:
         short = replace(case, n=min(case.n, FIDELITY_MAX_N), m=min(case.m, FIDELITY_MAX_N))
@@ -225,10 +274,11 @@ class Measurer:
                 device="cpu" if case.device == "cpu" else "cuda",
                 hyper=dict(case.hyper),
                 progress=progress,
+                checkpoint=self._checkpoints / f"{case.key()}.pt",
             )
         except TrainingDiverged as error:
-            return {"status": Status.INCORRECT, "reason": str(error)}
-        return {**columns, "status": Status.OK}
+            return {"status": Status.INCORRECT, "reason": str(error), "flags": []}
+        return {"flags": [], **columns, "status": Status.OK}
 
 
 def tuning_mode(kind: str) -> tuning.Mode:

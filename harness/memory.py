@@ -6,9 +6,11 @@ exact and repeatable where resident-set sizes are neither.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
@@ -25,6 +27,8 @@ HIDDEN_BYTES: Final = 64 << 10
 """Saved memory and memory held after the forward may differ by this: allocators round up."""
 
 OUTSIDE_BYTES: Final = 1 << 20
+RESIDENT_SLACK_BYTES, RESIDENT_SLACK_SHARE = 8 << 20, 0.25
+"""Resident memory may grow by so much more than a call allocates: pages, arenas, buffers of libraries."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,9 @@ class Meter(Protocol):
 
     def observe(self, call: Call) -> Observation:
         """Run ``call`` and keep its result until the account is closed."""
+
+    def outside(self, call: Call, seen: Observation) -> int:
+        """Bytes that ``call`` takes past torch's allocator, beside those of ``seen``, a look at it."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +106,7 @@ def measure_with(
     """The same with a given meter."""
     step()  # tables and workspaces that stay after the first call belong to no call
     peak = meter.observe(step)
-    flags = list(_outside(peak))
+    flags = list(_outside(meter.outside(step, peak)))
     if direction == "fwd":
         with torch.no_grad():
             output_bytes = _storages([forward()]).total()
@@ -117,11 +124,11 @@ def measure_with(
     )
 
 
-def _outside(seen: Observation) -> tuple[Flag, ...]:
-    """``outside_allocator``: memory that a call took from the device past torch's allocator, and kept."""
-    if seen.outside_bytes <= OUTSIDE_BYTES:
+def _outside(taken_bytes: int) -> tuple[Flag, ...]:
+    """``outside_allocator``: memory that a call took past torch's allocator; ``mem_*`` do not count it."""
+    if taken_bytes <= OUTSIDE_BYTES:
         return ()
-    return (Flag("outside_allocator", f"{seen.outside_bytes} B", f"{OUTSIDE_BYTES} B"),)
+    return (Flag("outside_allocator", f"{taken_bytes} B", f"{OUTSIDE_BYTES} B"),)
 
 
 def _saved(
@@ -204,6 +211,42 @@ class ProfilerMeter:
         del result
         return replay(events)
 
+    def outside(self, call: Call, seen: Observation) -> int:
+        """What resident memory grows by beyond the replayed peak and the slack; 0 without /proc."""
+        grown = resident_growth(call)
+        if grown is None or grown <= seen.peak_bytes * (1 + RESIDENT_SLACK_SHARE) + RESIDENT_SLACK_BYTES:
+            return 0
+        return grown - seen.peak_bytes
+
+
+def resident_growth(call: Call) -> int | None:
+    """Bytes by which this process's resident memory grows at most during ``call``; None without /proc.
+
+    What is free on the heap is given back first: memory that was used before would not show.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is None:
+        return None
+    trim(0)
+    try:
+        _CLEAR.write_text("5")  # the peak is now what is resident now
+    except OSError:
+        return None
+    before = _resident_bytes("VmRSS")
+    result = call()
+    grown = _resident_bytes("VmHWM") - before
+    del result
+    return grown
+
+
+_CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+
+
+def _resident_bytes(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) << 10
+
 
 def replay(events: Iterable[tuple[int, int]]) -> Observation:
     """Running sum of (time, bytes) events, frees negative: its maximum and its end."""
@@ -238,3 +281,7 @@ class AllocatorMeter:
         lost = free - cuda.mem_get_info()[0] - (cuda.memory_reserved() - reserved)
         del result
         return Observation(peak_bytes=peak, held_bytes=held, outside_bytes=lost)
+
+    def outside(self, call: Call, seen: Observation) -> int:
+        """What was seen already: memory that the device lost and the allocator did not get."""
+        return seen.outside_bytes

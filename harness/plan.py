@@ -9,9 +9,11 @@ import hashlib
 import random
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, lru_cache
 from typing import Any, cast
 
 from attnbench.errors import UsageError
+from attnbench.harness import parallel
 from attnbench.harness.config import Resolved
 from attnbench.harness.select import Selected, backends_of, patterns_of, select
 from attnbench.impls import registry
@@ -29,16 +31,22 @@ class Planned:
     block: int
     unsupported: str = ""
 
-    @property
+    @cached_property
     def key(self) -> tuple[str, int]:
         """What the journal knows a finished case by."""
-        return self.case.key(), self.block
+        return _key(self.case), self.block
 
     @property
     def worker(self) -> tuple[object, ...]:
         """Cases with equal values share a worker process, in ascending length."""
         c = self.case
         return (self.block, c.mechanism, c.backend, c.dtype, c.direction, c.scope)
+
+
+@lru_cache(maxsize=1 << 17)
+def _key(case: Case) -> str:
+    """The key of a case, computed once for all of its blocks."""
+    return case.key()
 
 
 def plan(resolved: Resolved) -> list[Planned]:
@@ -48,17 +56,18 @@ def plan(resolved: Resolved) -> list[Planned]:
     """
     request = resolved.request
     names = controls.NAMES if request.task else ()
+    if request.suite == parallel.SUITE and not request.task:
+        return _ordered(
+            _shard(_replicated(parallel.cases(resolved), request.blocks), request.shard), request.seed
+        )
+    if request.ranks:
+        raise UsageError(f"--ranks: observed --suite {request.suite}, expected --suite {parallel.SUITE}")
     selected = select(request.impl, names)
     _check_hyper(resolved, {choice.mechanism for choice in selected})
     cases = list(_task_cases(resolved, selected) if request.task else _op_cases(resolved, selected))
     if not cases:
         raise _nothing(resolved, selected)
-    planned = [
-        Planned(case, block, _why_not(case))
-        for block in range(request.blocks)
-        for case in dict.fromkeys(cases)
-    ]
-    return _ordered(_shard(planned, request.shard), request.seed)
+    return _ordered(_shard(_replicated(cases, request.blocks), request.shard), request.seed)
 
 
 def series_of(planned: Iterable[Planned]) -> int:
@@ -137,9 +146,10 @@ def _sizes(workload: Workload, length: int, pattern: str) -> tuple[int, int]:
 
 def _entries(resolved: Resolved) -> list[workloads.WorkloadEntry]:
     request = resolved.request
+    suite = workloads.suite(request.suite)  # rows carry its name: it must be one
     if request.workload:
         return [workloads.entry(name) for name in request.workload]
-    return [e for e in workloads.suite(request.suite) if request.preset in e.lengths]
+    return [e for e in suite if request.preset in e.lengths]
 
 
 # ---- tasks ---------------------------------------------------------------------------------------------
@@ -147,13 +157,15 @@ def _entries(resolved: Resolved) -> list[workloads.WorkloadEntry]:
 
 def _task_cases(resolved: Resolved, selected: Sequence[Selected]) -> Iterator[Case]:
     request = resolved.request
-    for name in request.task:
+    exact = (Selected("softmax", backend) for backend in controls.EXACT)
+    chosen = [*selected, *exact, *(Selected(control, "torch") for control in controls.NAMES)]
+    for name in tasks.select(request.task):
         task = tasks.task(name)
-        shape = task.workload(request.preset)
-        for choice in [*selected, *(Selected(control, "torch") for control in controls.NAMES)]:
+        for choice in chosen:
             for pattern in task.patterns:
                 if pattern not in resolved.patterns:
                     continue
+                shape = task.workload(request.preset, pattern)
                 for backend in _task_backends(choice, pattern, resolved.device):
                     for seed in resolved.preset.seeds:
                         yield Case(
@@ -199,18 +211,26 @@ def _check_hyper(resolved: Resolved, selected: Collection[str]) -> None:
 # ---- order, shards, reasons ----------------------------------------------------------------------------
 
 
+def _replicated(cases: Iterable[Case], blocks: int) -> list[Planned]:
+    distinct = {case: _why_not(case) for case in dict.fromkeys(cases)}
+    return [Planned(case, block, why) for block in range(blocks) for case, why in distinct.items()]
+
+
 def _why_not(case: Case) -> str:
+    if parallel.ranks_of(case):
+        return parallel.why_not(case)
     if case.task:
-        return ""
-    return registry.mechanism(case.mechanism).supports(case).reason
+        return controls.why_not(case.mechanism, case.task)
+    try:
+        return registry.mechanism(case.mechanism).supports(case).reason
+    except Exception as error:  # a user's code: the others are measured all the same
+        return f"its supports() raised {type(error).__name__}: {error}"
 
 
 def _shard(planned: list[Planned], shard: tuple[int, int]) -> list[Planned]:
     """Part i of n by a stable hash of the case, so that every machine computes the same split."""
     index, count = shard
-    return [
-        p for p in planned if int(hashlib.sha256(p.case.key().encode()).hexdigest(), 16) % count == index - 1
-    ]
+    return [p for p in planned if int(hashlib.sha256(p.key[0].encode()).hexdigest(), 16) % count == index - 1]
 
 
 def _ordered(planned: list[Planned], seed: int) -> list[Planned]:

@@ -18,8 +18,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from attnbench.harness.listener import Listener, Silent
 from attnbench.harness.plan import Planned
-from attnbench.harness.run import Listener, Silent
 from attnbench.results.schema import Status
 
 QUIET_STATUSES = (Status.OK, Status.UNSUPPORTED, Status.SKIPPED)

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from attnbench.errors import UsageError, unknown_name
+from attnbench.errors import AttnbenchError, UsageError, unknown_name
 from attnbench.impls import registry
 from attnbench.impls.spec import Pattern
+from attnbench.tasks import controls
 
 BEST = "best"
 """Backend of a bare mechanism: the best that the device has, decided per pattern by :func:`backends_of`."""
@@ -25,15 +26,15 @@ class Selected:
     backend: str
 
 
-def select(selectors: Sequence[str], controls: Sequence[str] = ()) -> list[Selected]:
+def select(selectors: Sequence[str], further: Sequence[str] = ()) -> list[Selected]:
     """Expand the selectors, in order and without repetition.
 
-    ``controls`` are further names that are accepted as they are. Raises UsageError for a name that does not
+    ``further`` are names that are accepted as they are. Raises UsageError for a name that does not
     exist, a glob that matches nothing, a backend that the mechanism does not have.
     """
     chosen: dict[Selected, None] = {}
     for selector in selectors:
-        for found in _expand(selector.strip(), controls):
+        for found in _expand(selector.strip(), further):
             chosen[found] = None
     return list(chosen)
 
@@ -50,7 +51,7 @@ def backends_of(selected: Selected, pattern: str, device: str) -> tuple[str, ...
     return tuple(name for name in order if name in have)[:1]
 
 
-def _expand(selector: str, controls: Sequence[str]) -> list[Selected]:
+def _expand(selector: str, further: Sequence[str]) -> list[Selected]:
     if selector == "all":
         return [Selected(name, EVERY) for name in registry.ids()]
     if selector.startswith("family:"):
@@ -58,12 +59,46 @@ def _expand(selector: str, controls: Sequence[str]) -> list[Selected]:
             Selected(name, EVERY) for name in registry.list_impls(family=selector.removeprefix("family:"))
         ]
     name, slash, backend = _split(selector)
-    if ".py:" in name or name in controls:
+    if name in further:
+        return [Selected(name, backend if slash else BEST)]
+    if ".py:" in name:
+        _load(name)
         return [Selected(name, backend if slash else BEST)]
     if any(sign in selector for sign in "*?["):
         return _glob(selector, name, backend if slash else BEST)
+    _load(name)
     _check_backend(name, backend if slash else BEST)
     return [Selected(name, backend if slash else BEST)]
+
+
+def foreign(selectors: Sequence[str]) -> list[str]:
+    """The selectors that name code from outside this project: files and plug-ins, by name. Loads none."""
+    own = {"all", *registry.ids(), *controls.NAMES}
+    return [
+        selector
+        for selector in selectors
+        if ".py:" in selector
+        or not (
+            _split(selector)[0] in own
+            or selector.startswith("family:")
+            or any(sign in selector for sign in "*?[")
+        )
+    ]
+
+
+def _load(name: str) -> None:
+    """Load the code behind a name; a file or plug-in that cannot be is the user's error, not ours."""
+    try:
+        registry.mechanism(name)
+    except (AttnbenchError, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        if not foreign([name]):
+            raise
+        raise UsageError(
+            f"--impl {name}: it cannot be loaded: {type(error).__name__}: {error}; "
+            "run it with python to see more"
+        ) from error
 
 
 def _split(selector: str) -> tuple[str, str, str]:

@@ -1,106 +1,139 @@
 """The worker process: measures one case after another and answers on its own pipe.
 
-Run as ``python -m attnbench.harness.worker FD SETTINGS``. This is the boundary at which anything that an
-impl does is turned into a row: the one place that catches every exception.
+Run as ``python -m attnbench.harness.worker FD`` with settings and then questions on its standard input. This
+is the boundary at which anything that an impl does is turned into a row: the one place that catches
+everything.
 """
 
 from __future__ import annotations
 
+import errno
 import gc
 import json
 import os
-import resource
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any
 
+from attnbench.harness.containment import children, contain
+from attnbench.harness.flags import Flag
 from attnbench.harness.timing.host import pin
 from attnbench.impls.case import Case
 from attnbench.results.schema import Status
 
-MEMORY_SHARE = 0.85
-"""Share of the free memory that a CPU worker may take before its allocations fail: an impl that eats
-memory then ends as ``oom`` instead of taking the machine down."""
+MEMORY_WORDS = (
+    "can't allocate memory",
+    "cannot allocate memory",
+    "not enough memory",
+    "out of memory",
+    "cudaerrormemoryallocation",
+)
+COMPILE_WORDS = (
+    "CompilationError",
+    "InductorError",
+    "BackendCompilerFailed",
+    "PTXASError",
+    "OutOfResources",
+)
+REASON_CHARACTERS = 500
+
+
+class Channel:
+    """The pipe of answers.
+
+    Each carries the token that only driver and worker know and the question's number, so that nothing an impl
+    writes into the pipe passes for an answer. Whether it is a valid row, the driver decides.
+    """
+
+    def __init__(self, descriptor: int, token: str) -> None:
+        self._descriptor, self._token = descriptor, token
+        self._process = os.getpid()
+        self.question = 0
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Write one answer. A process that an impl forked has none to give: it ends here."""
+        if os.getpid() != self._process:
+            os._exit(1)
+        whole = {**message, "token": self._token, "question": self.question}
+        line = memoryview(json.dumps(whole, default=repr).encode() + b"\n")
+        while line:
+            line = line[os.write(self._descriptor, line) :]
 
 
 def main() -> None:
     """Announce the environment, then answer one question a line until the driver closes the pipe."""
-    out = os.fdopen(int(sys.argv[1]), "wb", buffering=0)
-    settings = json.loads(sys.argv[2])
+    questions = os.fdopen(os.dup(0), "rb")
+    with open(os.devnull, "rb") as nothing:  # noqa: PTH123 - what an impl reads is no question
+        os.dup2(nothing.fileno(), 0)
+    settings = json.loads(questions.readline())
+    descriptor = int(sys.argv[1])
+    os.set_inheritable(descriptor, False)
+    channel = Channel(descriptor, settings["token"])
     device = settings["device"]
-    _limit_memory(device)
+    contain(device)
     pin(settings["threads"])  # before torch starts its threads, which inherit the binding
     from attnbench.harness.environment import capture
     from attnbench.harness.measure import Measurer
 
     measurer = Measurer(settings)
     gc.freeze()  # what is imported by now is not garbage: collections between cases need not walk it
-    _send(out, {"kind": "ready", "environment": capture(device)})
-    for line in sys.stdin:
-        case = Case.from_json(json.loads(line)["case"])
-        row = _guarded(case, measurer, lambda message: _send(out, message))
-        _send(out, {"kind": "row", "row": row})
-        if row.get("poisoned"):  # a CUDA context is dead after a sticky error: the next case needs a new one
-            return
+    channel.send({"kind": "ready", "environment": capture(device)})
+    for line in questions:
+        question = json.loads(line)
+        channel.question = question["number"]
+        row = _guarded(Case.from_json(question["case"]), measurer, channel.send)
+        channel.send({"kind": "row", "row": _with_leaks(row)})
 
 
 def _guarded(case: Case, measurer: Any, send: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Measure, and name the status of whatever was raised."""
+    """Measure, and name the status of whatever was raised, a request to leave the process included."""
     from attnbench.impls.base import UnsupportedPattern
     from attnbench.kernels import Unsupported
 
     try:
         return dict(measurer.measure(case, send))
     except (Unsupported, UnsupportedPattern) as error:
-        return {"status": Status.UNSUPPORTED, "reason": str(error)}
-    except Exception as error:
+        return {"status": Status.UNSUPPORTED, "reason": text_of(error)}
+    except BaseException as error:
         traceback.print_exc()
         return {"status": status_of(error), "reason": _first_line(error), "poisoned": measurer.poisoned()}
+
+
+def _with_leaks(row: dict[str, Any]) -> dict[str, Any]:
+    """The row, flagged when processes of the impl still run; the driver ends them with the worker."""
+    left = children()
+    if not left:
+        return row
+    flag = Flag("leaked_processes", f"{left} processes outlive the case", "0")
+    return {**row, "flags": [*row.get("flags", ()), flag.text]}
 
 
 def status_of(error: BaseException) -> Status:
     """The status that an exception means: memory, compilation, or an error of the impl."""
     import torch
 
-    text = f"{type(error).__module__}.{type(error).__name__}: {error}"
-    memory_words = (
-        "can't allocate memory",
-        "not enough memory",
-        "out of memory",
-        "cudaErrorMemoryAllocation",
-    )
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(word in text for word in memory_words):
+    text = f"{type(error).__module__}.{type(error).__name__}: {text_of(error)}"
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM:
         return Status.OOM
-    compile_words = (
-        "CompilationError",
-        "InductorError",
-        "BackendCompilerFailed",
-        "PTXASError",
-        "OutOfResources",
-    )
-    if any(word in text for word in compile_words):
+    if any(word in text.lower() for word in MEMORY_WORDS):
+        return Status.OOM
+    if any(word in text for word in COMPILE_WORDS):
         return Status.COMPILE_ERROR
     return Status.ERROR
 
 
+def text_of(error: BaseException) -> str:
+    """What an exception says; that it says nothing where it cannot even be shown."""
+    try:
+        return str(error)
+    except Exception:
+        return "its message cannot be shown"
+
+
 def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:500]
-
-
-def _limit_memory(device: str) -> None:
-    """Let allocations of a CPU worker fail before the machine runs out. A CUDA context needs no limit."""
-    if device != "cpu" or sys.platform != "linux":
-        return
-    import psutil
-
-    limit = int(psutil.virtual_memory().available * MEMORY_SHARE)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def _send(out: BinaryIO, message: dict[str, Any]) -> None:
-    out.write(json.dumps(message, allow_nan=False).encode() + b"\n")
+    lines = text_of(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"[:REASON_CHARACTERS]
 
 
 if __name__ == "__main__":

@@ -15,6 +15,9 @@ from attnbench.results.table import table as build_table
 TILES = {1: (128,), 2: (16, 8), 3: (2, 8, 8)}
 """Shape of a tile of 128 tokens by the rank of the grid, where none is given."""
 
+DIGITS = 6
+"""Of a number on the command line: tiles are counted one by one."""
+
 
 def simulate(
     grid: str, window: str, stride: str = "1", dilation: str = "1", tile: str = "", causal: bool = False
@@ -67,8 +70,11 @@ def to_table(record: Record) -> Table:
 
 def _integers(option: str, text: str) -> tuple[int, ...]:
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise UsageError(f"{option} {text!r}: expected positive numbers separated by commas, such as 16,8")
+    if not all(part.isdecimal() and len(part) <= DIGITS and int(part) > 0 for part in parts):
+        raise UsageError(
+            f"{option} {text[:40]!r}: expected positive numbers of at most {DIGITS} digits, separated by "
+            "commas, such as 16,8"
+        )
     return tuple(map(int, parts))
 
 

@@ -6,15 +6,14 @@ A call runs the public function of an operation and, with a backward, the gradie
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from attnbench.harness.goals import problems_listed
+from attnbench.harness.goals.problem import Problem, Source, attention_flops
 from attnbench.harness.goals.settings import Setting
-from attnbench.harness.work import with_backward
 from attnbench.kernels import Selection, block_sparse, flash, kv_reduce, linrec
 from attnbench.kernels.neighborhood import Neighborhood, neighborhood
 from attnbench.kernels.selective_scan import selective_scan
@@ -24,96 +23,14 @@ SEED = 0
 STATES = 16
 """State size of the selective scan, Mamba's."""
 
-Forward = Callable[[str], Tensor]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Inputs (leaves with a backward), the function of a backend, and the work of its forward."""
-
-    setting: Setting
-    inputs: tuple[Tensor, ...]
-    forward: Forward
-    forward_flops: int
-    recomputes: bool
-    upstream: Tensor
-
-    def call(self, backend: str) -> Callable[[], Sequence[Tensor]]:
-        """What is timed: the output, and with a backward the gradients of the inputs."""
-
-        def step() -> Sequence[Tensor]:
-            if not self.setting.backward:
-                with torch.no_grad():
-                    return (self.forward(backend),)
-            output = self.forward(backend)
-            return (output.detach(), *torch.autograd.grad(output, self.inputs, self.upstream))
-
-        return step
-
-    @property
-    def flops(self) -> int:
-        """Of one call."""
-        return with_backward(self.forward_flops, self.recomputes, self.setting.backward)
-
-    @property
-    def moved_bytes(self) -> int:
-        """Inputs and output once each, and their gradients."""
-        size = sum(x.nbytes for x in self.inputs) + self.upstream.nbytes
-        return size * (2 if self.setting.backward else 1)
-
 
 def build(setting: Setting, device: str) -> Problem:
     """Draw the inputs of ``setting`` on ``device``."""
     generator = torch.Generator(device).manual_seed(SEED)
-    return _BUILDERS[setting.op](setting, _Source(setting, generator))
+    return _BUILDERS[setting.op](setting, Source(setting, generator))
 
 
-@dataclass(frozen=True)
-class _Source:
-    """Draws tensors of one setting: leaves, in its dtype."""
-
-    setting: Setting
-    generator: torch.Generator
-
-    def normal(self, *shape: int) -> Tensor:
-        return self.leaf(self._raw(*shape))
-
-    def heads(self) -> Tensor:
-        s = self.setting
-        return self.normal(s.batch, s.heads, s.n, s.head_dim)
-
-    def gate(self, *shape: int) -> Tensor:
-        """Log-gates ≤ 0, most of them near 0, as trained models have them."""
-        return self.leaf(F.logsigmoid(self._raw(*shape) + 3.0))
-
-    def share(self, *shape: int) -> Tensor:
-        """Numbers between 0 and 1."""
-        return self.leaf(torch.sigmoid(self._raw(*shape)))
-
-    def unit(self) -> Tensor:
-        """Vectors of length 1: the delta rule needs them."""
-        s = self.setting
-        return self.leaf(F.normalize(self._raw(s.batch, s.heads, s.n, s.head_dim), dim=-1))
-
-    def leaf(self, x: Tensor) -> Tensor:
-        """The tensor in the dtype of the setting, a leaf that a backward differentiates."""
-        return x.to(getattr(torch, self.setting.dtype)).detach().requires_grad_(self.setting.backward)
-
-    def problem(
-        self, inputs: Sequence[Tensor], forward: Forward, flops: int, like: Tensor, recomputes: bool = True
-    ) -> Problem:
-        upstream = self._raw(*like.shape).to(like.dtype)
-        return Problem(self.setting, tuple(inputs), forward, flops, recomputes, upstream)
-
-    def _raw(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.generator, device=self.generator.device)
-
-
-def _attention_flops(setting: Setting, pairs: int) -> int:
-    return 4 * setting.batch * setting.heads * pairs * setting.head_dim
-
-
-def _flash(setting: Setting, draw: _Source) -> Problem:
+def _flash(setting: Setting, draw: Source) -> Problem:
     q, k, v = draw.heads(), draw.heads(), draw.heads()
 
     def forward(backend: str) -> Tensor:
@@ -121,10 +38,10 @@ def _flash(setting: Setting, draw: _Source) -> Problem:
 
     n = setting.n
     pairs = n * (n + 1) // 2 if setting.causal else n * n
-    return draw.problem((q, k, v), forward, _attention_flops(setting, pairs), v)
+    return draw.problem((q, k, v), forward, attention_flops(setting, pairs), v)
 
 
-def _linrec(setting: Setting, draw: _Source) -> Problem:
+def _linrec(setting: Setting, draw: Source) -> Problem:
     b, h, n, d = setting.batch, setting.heads, setting.n, setting.head_dim
     delta = setting.gate in ("delta", "gated_delta")
     q, v = draw.heads(), draw.heads()
@@ -145,7 +62,7 @@ def _linrec(setting: Setting, draw: _Source) -> Problem:
     return draw.problem(inputs, forward, 4 * b * h * n * d * d, v, recomputes=False)
 
 
-def _block_sparse(setting: Setting, draw: _Source) -> Problem:
+def _block_sparse(setting: Setting, draw: Source) -> Problem:
     q, k, v = draw.heads(), draw.heads(), draw.heads()
     blocks = -(-setting.n // setting.block)
     kept = max(1, round(setting.density * blocks))
@@ -159,10 +76,10 @@ def _block_sparse(setting: Setting, draw: _Source) -> Problem:
         return block_sparse(q, k, v, selection, backend=backend)[0]
 
     pairs = min(setting.n, kept * setting.block) * setting.n
-    return draw.problem((q, k, v), forward, _attention_flops(setting, pairs), v)
+    return draw.problem((q, k, v), forward, attention_flops(setting, pairs), v)
 
 
-def _neighborhood(setting: Setting, draw: _Source) -> Problem:
+def _neighborhood(setting: Setting, draw: Source) -> Problem:
     q, k, v = draw.heads(), draw.heads(), draw.heads()
     pattern = Neighborhood.of(setting.window, stride=setting.stride)
 
@@ -170,10 +87,10 @@ def _neighborhood(setting: Setting, draw: _Source) -> Problem:
         return neighborhood(q, k, v, pattern, grid=setting.grid, backend=backend)[0]
 
     pairs = setting.n * math.prod(setting.window)
-    return draw.problem((q, k, v), forward, _attention_flops(setting, pairs), v)
+    return draw.problem((q, k, v), forward, attention_flops(setting, pairs), v)
 
 
-def _window(setting: Setting, draw: _Source) -> Problem:
+def _window(setting: Setting, draw: Source) -> Problem:
     q, k, v = draw.heads(), draw.heads(), draw.heads()
     partition = Partition.block(setting.window)
     bias = draw.normal(setting.heads, *partition.table)
@@ -182,10 +99,10 @@ def _window(setting: Setting, draw: _Source) -> Problem:
         return window(q, k, v, partition, grid=setting.grid, bias=bias, backend=backend)[0]
 
     pairs = setting.n * math.prod(setting.window)
-    return draw.problem((q, k, v, bias), forward, _attention_flops(setting, pairs), v)
+    return draw.problem((q, k, v, bias), forward, attention_flops(setting, pairs), v)
 
 
-def _selective_scan(setting: Setting, draw: _Source) -> Problem:
+def _selective_scan(setting: Setting, draw: Source) -> Problem:
     b, n, e = setting.batch, setting.n, setting.heads * setting.head_dim
     u, delta, z = (draw.normal(b, n, e) for _ in range(3))
     write, read = draw.normal(b, n, STATES), draw.normal(b, n, STATES)
@@ -209,7 +126,7 @@ def _selective_scan(setting: Setting, draw: _Source) -> Problem:
     return draw.problem((u, delta, write, read, z), forward, 9 * b * n * e * STATES, u, recomputes=False)
 
 
-def _kv_reduce(setting: Setting, draw: _Source) -> Problem:
+def _kv_reduce(setting: Setting, draw: Source) -> Problem:
     q, k, v = draw.heads(), draw.heads(), draw.heads()
 
     def forward(backend: str) -> Tensor:
@@ -219,7 +136,7 @@ def _kv_reduce(setting: Setting, draw: _Source) -> Problem:
     return draw.problem((q, k, v), forward, flops, v, recomputes=False)
 
 
-_BUILDERS: dict[str, Callable[[Setting, _Source], Problem]] = {
+_BUILDERS: dict[str, Callable[[Setting, Source], Problem]] = {
     "flash": _flash,
     "linrec": _linrec,
     "block_sparse": _block_sparse,
@@ -227,4 +144,5 @@ _BUILDERS: dict[str, Callable[[Setting, _Source], Problem]] = {
     "window": _window,
     "selective_scan": _selective_scan,
     "kv_reduce": _kv_reduce,
+    **problems_listed.BUILDERS,
 }

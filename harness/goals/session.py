@@ -20,7 +20,8 @@ from torch import Tensor
 
 from attnbench import __version__
 from attnbench.harness import devices, environment, timing
-from attnbench.harness.goals.problems import Problem, build
+from attnbench.harness.goals.problem import Problem
+from attnbench.harness.goals.problems import build
 from attnbench.harness.goals.settings import FAMILY, Setting
 from attnbench.harness.measure import tuned_config, tuning_mode
 from attnbench.harness.peaks import Peaks
@@ -289,7 +290,7 @@ def _row(
         "head_dim": setting.head_dim,
         "grid": list(setting.grid),
         "n": setting.n,
-        "m": setting.n,
+        "m": setting.m,
         "dtype": setting.dtype,
         "direction": case.direction,
         "scope": "op",

@@ -17,8 +17,16 @@ FAMILY: Final = {
     "window": "vision",
     "selective_scan": "linear",
     "kv_reduce": "linear",
+    "few_query": "cross",
+    "gather": "sparse",
+    "token_blocks": "sparse",
+    "buckets": "sparse",
+    "block_mass": "sparse",
+    "query_softmax": "cross",
+    "flash_int8": "sparse",
+    "tensor3": "dense",
 }
-"""Operations that have a goal, and the family that their rows are filed under."""
+"""Operations that are raced, and the family that their rows are filed under."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +105,13 @@ class Setting:
     grid: tuple[int, ...] = ()
     window: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
+    keys: int = 0
+    kept: int = 0
+
+    @property
+    def m(self) -> int:
+        """M: ``keys`` where they are another number than the queries."""
+        return self.keys or self.n
 
     @property
     def backends(self) -> tuple[str, ...]:
@@ -122,7 +137,7 @@ class Setting:
             pattern="CS" if self.causal else "NS",
             workload=shape,
             n=self.n,
-            m=self.n,
+            m=self.m,
             dtype=self.dtype,
             direction=self.direction,
             device=device,
@@ -138,7 +153,7 @@ def settings(scale: Scale) -> list[Setting]:
     """
     series = [list(_flash(scale)), list(_linrec(scale)), list(_block_sparse(scale))]
     series += [list(_neighborhood(scale)), list(_window(scale)), list(_selective_scan(scale))]
-    series += [list(_kv_reduce(scale))]
+    series += [list(_kv_reduce(scale)), list(_without_goal(scale))]
     ranked = [(rank, index, setting) for index, found in enumerate(series) for rank, setting in found]
     return [setting for _, _, setting in sorted(ranked, key=lambda item: item[:2])]
 
@@ -210,6 +225,26 @@ def _kv_reduce(scale: Scale) -> Ranked:
     for rank, n in enumerate(scale.linear_lengths):
         for d in scale.head_dims:
             yield rank, _base(scale, "kv_reduce", "elu1", n, d, _eager(scale))
+
+
+def _without_goal(scale: Scale) -> Ranked:
+    """One size of every other operation beside eager PyTorch, after the first ranks of those with a goal."""
+    d, eager = scale.head_dims[0], _eager(scale)
+    n, few, block = scale.lengths[1], min(64, scale.lengths[1] // 4), scale.block // 2
+    short = max(8, n // 16)
+    both = [
+        replace(_base(scale, "few_query", f"{few} queries", few, d, eager), batch=4, keys=scale.lengths[0]),
+        replace(_base(scale, "query_softmax", f"{few} slots", few, d, eager), batch=4, keys=n),
+        replace(_base(scale, "gather", f"{block} keys", n, d, eager), kept=min(block, n)),
+        replace(_base(scale, "token_blocks", f"2 blocks of {block}", n, d, eager), block=block, kept=2),
+        replace(_base(scale, "buckets", f"chunks of {block}", n, d, eager), block=block),
+        replace(_base(scale, "tensor3", "pairs", short, d, eager), batch=1),
+    ]
+    for setting in both:
+        yield from _both(2, setting)
+    mass = _base(scale, "block_mass", f"blocks of {block}", n, d, eager)
+    yield 2, replace(mass, block=block, causal=True)
+    yield 2, replace(_base(scale, "flash_int8", "causal", n, d, ("sage", *eager)), causal=True)
 
 
 def _eager(scale: Scale) -> tuple[str, ...]:

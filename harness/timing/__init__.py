@@ -5,7 +5,7 @@ All that touches torch or the clock is behind :class:`Device`, so the protocols 
 """
 
 from attnbench.harness.timing.audit import Audit, audit
-from attnbench.harness.timing.device import Call, Device, StreamDevice, Trace
+from attnbench.harness.timing.device import Call, Device, StreamDevice, Trace, Witness, unwitnessed
 from attnbench.harness.timing.host import Host, pin
 from attnbench.harness.timing.host_protocol import measure_host
 from attnbench.harness.timing.result import Timing
@@ -26,16 +26,20 @@ def open_device(name: str) -> Device:
 
 
 def measure(
-    call: Call, device: Device, settings: Settings = PRESETS["default"], first_s: float | None = None
+    call: Call,
+    device: Device,
+    settings: Settings = PRESETS["default"],
+    first_s: float | None = None,
+    witness: Witness = unwitnessed,
 ) -> Timing:
     """Time ``call`` by the protocol of the device.
 
     ``first_s`` is the time of the very first call, from :func:`time_once`, where the caller made it before;
-    without it the first call is made and timed here.
+    without it the first call is made and timed here. ``witness`` looks at the results of headline samples.
     """
     if isinstance(device, StreamDevice):
-        return measure_stream(call, device, settings, first_s)
-    return measure_host(call, device, settings, first_s)
+        return measure_stream(call, device, settings, first_s, witness)
+    return measure_host(call, device, settings, first_s, witness)
 
 
 __all__ = [
@@ -48,6 +52,7 @@ __all__ = [
     "StreamDevice",
     "Timing",
     "Trace",
+    "Witness",
     "audit",
     "measure",
     "measure_host",

@@ -18,9 +18,14 @@ from attnbench.harness.timing.nvml import GpuHealth, open_nvml
 LEAST_FLUSH_BYTES: Final = 256 << 20
 CALIBRATION_CYCLES: Final = 2_000_000
 
-# Bound before any impl is imported: patching the class later does not change what is measured.
+# Bound before any impl is imported: patching these later does not change what is measured.
+_Event = torch.cuda.Event
 _elapsed_ms = torch.cuda.Event.elapsed_time
 _record = torch.cuda.Event.record
+_query = torch.cuda.Event.query
+_synchronize = torch.cuda.synchronize
+_sleep = torch.cuda._sleep
+_now_ns = time.perf_counter_ns
 
 
 def flush_bytes(l2_bytes: int, last_level_bytes: int | None) -> int:
@@ -47,11 +52,11 @@ class CudaDevice:
 
     def now_ns(self) -> int:
         """``time.perf_counter_ns``."""
-        return time.perf_counter_ns()
+        return _now_ns()
 
     def synchronize(self) -> None:
         """Wait for every stream."""
-        torch.cuda.synchronize()
+        _synchronize()
 
     def flush(self) -> None:
         """Queue zeros over the flush buffer."""
@@ -64,13 +69,13 @@ class CudaDevice:
 
     def mark(self) -> torch.cuda.Event:
         """A timing event, recorded in the current stream."""
-        event = torch.cuda.Event(enable_timing=True)
+        event = _Event(enable_timing=True)
         _record(event)
         return event
 
     def reached(self, mark: torch.cuda.Event) -> bool:
         """Whether the event has been passed."""
-        return bool(mark.query())
+        return bool(_query(mark))
 
     def elapsed_us(self, start: torch.cuda.Event, end: torch.cuda.Event) -> float:
         """Time between two events that have been passed."""
@@ -78,7 +83,7 @@ class CudaDevice:
 
     def spin(self, us: float) -> None:
         """Queue one thread that counts clock cycles."""
-        torch.cuda._sleep(int(us * self._cycles_per_us))
+        _sleep(int(us * self._cycles_per_us))
 
     def capture(self, call: Call, repeats: int) -> Call | None:
         """A CUDA graph of ``repeats`` calls. None when the call waits for the device, or capture fails.
@@ -93,7 +98,7 @@ class CudaDevice:
             with torch.cuda.stream(stream):
                 call()  # libraries allocate their workspaces per stream, which a capture must not do
             torch.cuda.set_sync_debug_mode(mode)
-            torch.cuda.synchronize()
+            _synchronize()
             with torch.cuda.graph(graph, stream=stream):
                 for _ in range(repeats):
                     call()
@@ -101,7 +106,7 @@ class CudaDevice:
             return None
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-            torch.cuda.synchronize()
+            _synchronize()
         return graph.replay
 
     def compilations(self) -> int:
@@ -130,16 +135,16 @@ class CudaDevice:
     def healthy(self) -> bool:
         """Whether the context still answers."""
         try:
-            torch.cuda.synchronize()
+            _synchronize()
         except RuntimeError:
             return False
         return True
 
     def _calibrate(self) -> float:
         """Clock cycles that the spin counts in a µs."""
-        torch.cuda._sleep(CALIBRATION_CYCLES)
+        _sleep(CALIBRATION_CYCLES)
         start = self.mark()
-        torch.cuda._sleep(CALIBRATION_CYCLES)
+        _sleep(CALIBRATION_CYCLES)
         end = self.mark()
         self.synchronize()
         return CALIBRATION_CYCLES / self.elapsed_us(start, end)

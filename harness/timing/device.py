@@ -12,6 +12,12 @@ from typing import Any, Protocol, runtime_checkable
 from attnbench.harness.flags import Flag
 
 Call = Callable[[], object]
+Witness = Callable[[object], None]
+"""Is shown the result of the last call of every headline sample, outside the time that is measured."""
+
+
+def unwitnessed(result: object) -> None:
+    """Nobody looks."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,13 @@ from attnbench.harness.flags import Flag
 
 STEAL_LIMIT = 0.01
 SWITCHES_PER_S_LIMIT = 20.0
+ELSEWHERE_LIMIT = 0.1
 LOOK_S = 0.1
 """How long :func:`pin` watches which CPUs are busy: ten ticks of the kernel's clock."""
+
+
+_process_time, _thread_time = time.process_time, time.thread_time
+"""Bound before any impl is imported."""
 
 
 def _allowed_cpus() -> frozenset[int]:
@@ -29,7 +34,11 @@ def _allowed_cpus() -> frozenset[int]:
 
 @dataclass(frozen=True)
 class CpuHealth:
-    """A snapshot of the CPUs. Ticks are those of /proc/stat, summed over the CPUs that we may use."""
+    """A snapshot of the CPUs. Ticks are those of /proc/stat, summed over the CPUs that we may use.
+
+    ``elsewhere_s`` is the CPU time of this process in other threads than the one that calls; ``threads`` may
+    compute in all.
+    """
 
     time_s: float
     steal_ticks: int | None
@@ -38,9 +47,11 @@ class CpuHealth:
     online: int
     involuntary_switches: int
     unpinned: str
+    threads: int = 1
+    elsewhere_s: float = 0.0
 
     def flags_since(self, before: CpuHealth) -> tuple[Flag, ...]:
-        """``unpinned``, ``steal``, ``load`` and ``context_switches``."""
+        """``unpinned``, ``steal``, ``load``, ``context_switches`` and ``side_threads``."""
         flags = []
         if self.unpinned:
             flags.append(Flag("unpinned", self.unpinned, "one CPU for each thread, on one NUMA node"))
@@ -57,6 +68,11 @@ class CpuHealth:
             flags.append(
                 Flag("context_switches", f"{rate:.0f}/s against our will", f"{SWITCHES_PER_S_LIMIT:.0f}/s")
             )
+        elsewhere = (self.elsewhere_s - before.elsewhere_s) / seconds
+        allowed = self.threads - 1 + ELSEWHERE_LIMIT
+        if elsewhere > allowed:
+            seen = f"{elsewhere:.2f} CPUs busy for this process outside the calling thread"
+            flags.append(Flag("side_threads", seen, f"{allowed:.1f} with {self.threads} threads"))
         return tuple(flags)
 
 
@@ -127,6 +143,8 @@ class Host:
             online=os.cpu_count() or 1,
             involuntary_switches=resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw,
             unpinned=self.unpinned(threads),
+            threads=threads,
+            elsewhere_s=_process_time() - _thread_time(),
         )
 
     def _nodes(self) -> dict[int, int]:

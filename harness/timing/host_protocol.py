@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from attnbench.harness.timing.device import Call, Device
+from attnbench.harness.timing.device import Call, Device, Witness, unwitnessed
 from attnbench.harness.timing.flush import prove_flush
 from attnbench.harness.timing.result import Timing
 from attnbench.harness.timing.sampling import gc_paused, sample, sample_compiled, time_once, warm_up
@@ -13,19 +13,27 @@ from attnbench.harness.timing.settings import Settings
 from attnbench.results import stats
 
 
-def measure_host(call: Call, device: Device, settings: Settings, first_s: float | None = None) -> Timing:
+def measure_host(
+    call: Call,
+    device: Device,
+    settings: Settings,
+    first_s: float | None = None,
+    witness: Witness = unwitnessed,
+) -> Timing:
     """Time ``call`` with its inputs in cache (headline) and evicted; see :class:`Timing`.
 
     A headline sample is as many calls in a row as last ``min_sample_s``, so that the timer and the scheduler
-    are small against it.
+    are small against it. ``witness`` is shown the result of the last of them, after the clock was read.
     """
     first_s = time_once(call, device) if first_s is None else first_s
 
-    def hot(loops: int) -> tuple[float, float]:
+    def hot(loops: int, witness: Witness = unwitnessed) -> tuple[float, float]:
         start = device.now_ns()
-        for _ in range(loops):
+        for _ in range(loops - 1):
             call()
+        result = call()
         taken = (device.now_ns() - start) * 1e-3
+        witness(result)
         return taken / loops, taken
 
     def cold() -> tuple[float, float]:
@@ -36,7 +44,7 @@ def measure_host(call: Call, device: Device, settings: Settings, first_s: float 
         warm = warm_up(lambda: hot(1), device, settings)
         loops, calibration_calls = _calibrate(hot, settings, warm.call_us)
         before = device.health()
-        taken, recompiled = sample_compiled(lambda: hot(loops), device, settings)
+        taken, recompiled = sample_compiled(lambda: hot(loops, witness), device, settings)
         after = device.health()
         colds = sample(cold, device, settings.secondary())
         proof = prove_flush(device)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from attnbench.harness.flags import Flag
-from attnbench.harness.timing.device import Call, StreamDevice
+from attnbench.harness.timing.device import Call, StreamDevice, Witness, unwitnessed
 from attnbench.harness.timing.flush import prove_flush
 from attnbench.harness.timing.result import Timing
 from attnbench.harness.timing.sampling import (
@@ -43,6 +43,7 @@ class StreamSampler:
 
     device: StreamDevice
     hold_us: float
+    witness: Witness = unwitnessed
     taken: int = field(default=0, init=False)
     exposed: int = field(default=0, init=False)
 
@@ -54,12 +55,14 @@ class StreamSampler:
             device.flush()
         device.spin(self.hold_us)
         start = device.mark()
-        call()
+        result = call()
         end = device.mark()
         self.taken += 1
         self.exposed += device.reached(start)
         device.synchronize()
-        return device.elapsed_us(start, end) / calls, device.elapsed_us(begin, end)
+        taken = device.elapsed_us(start, end) / calls, device.elapsed_us(begin, end)
+        self.witness(result)
+        return taken
 
     def timed(self, call: Call, *, flushed: bool, calls: int = 1) -> tuple[float, float]:
         """The same, but (time per call, time between the events): what counts as measured."""
@@ -80,14 +83,21 @@ class StreamSampler:
 
 
 def measure_stream(
-    call: Call, device: StreamDevice, settings: Settings, first_s: float | None = None
+    call: Call,
+    device: StreamDevice,
+    settings: Settings,
+    first_s: float | None = None,
+    witness: Witness = unwitnessed,
 ) -> Timing:
-    """Time ``call``: cold (headline), hot, from a CUDA graph where it can be captured, and end to end."""
+    """Time ``call``: cold (headline), hot, from a CUDA graph where it can be captured, and end to end.
+
+    ``witness`` is shown the result of every cold sample.
+    """
     first_s = time_once(call, device) if first_s is None else first_s
     with gc_paused():
         queue_us = queueing_us(call, device)
         hold_us = held_us(queue_us)
-        warm_sampler, cold_sampler = StreamSampler(device, hold_us), StreamSampler(device, hold_us)
+        warm_sampler, cold_sampler = StreamSampler(device, hold_us), StreamSampler(device, hold_us, witness)
         warm = warm_up(lambda: warm_sampler(call, flushed=True), device, settings)
         before = device.health()
         colds, recompiled = sample_compiled(lambda: cold_sampler.timed(call, flushed=True), device, settings)

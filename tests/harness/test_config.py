@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 
 from attnbench.errors import UsageError
-from attnbench.harness.config import RunConfig, parse_hyper, parse_lengths, parse_shard, resolve
+from attnbench.harness.config import (
+    RunConfig,
+    check_engine,
+    parse_hyper,
+    parse_lengths,
+    parse_parameter,
+    parse_shard,
+    resolve,
+)
 
 
 @pytest.mark.parametrize(
@@ -67,3 +75,22 @@ def test_a_config_of_another_version_is_refused() -> None:
 def test_values_that_mean_nothing_are_usage_errors(field: str, value: object, word: str) -> None:
     with pytest.raises(UsageError, match=word):
         resolve(RunConfig(**{field: value}), "cpu")  # type: ignore[arg-type]
+
+
+def test_parameters_of_slurm_have_a_name_and_a_value() -> None:
+    assert parse_parameter("partition = gpu") == ("partition", "gpu")
+    assert parse_parameter("comment=a=b") == ("comment", "a=b")
+    for text in ("partition", "=gpu", ""):
+        with pytest.raises(UsageError, match="--slurm"):
+            parse_parameter(text)
+
+
+def test_engines_are_known_by_name() -> None:
+    assert [check_engine(name) for name in ("local", "ray", "slurm")] == ["local", "ray", "slurm"]
+    with pytest.raises(UsageError, match="did you mean slurm"):
+        check_engine("slurn")
+
+
+def test_an_array_has_at_least_one_job() -> None:
+    with pytest.raises(UsageError, match="0 jobs"):
+        resolve(RunConfig(jobs=0), "cpu")

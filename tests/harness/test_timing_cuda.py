@@ -78,6 +78,7 @@ def cuda(monkeypatch):
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr("attnbench.harness.timing.cuda._synchronize", lambda: torch.cuda.synchronize())
     state.device = CudaDevice.__new__(CudaDevice)
     return state
 
