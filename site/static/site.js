@@ -1,101 +1,124 @@
-/* Narrows the page to one case and sorts tables. Without it every case is on the page, one after another. */
+/* What every page has: the theme switch, the link to this view, copy buttons. Classic scripts share `attnbench`. */
 (function () {
   "use strict";
-  var form = document.getElementById("selectors");
-  var cases = Array.prototype.slice.call(document.querySelectorAll("section.case"));
+  var attnbench = (window.attnbench = window.attnbench || {});
 
-  function fromHash() {
-    var chosen = {};
-    location.hash.slice(1).split("&").forEach(function (part) {
-      var at = part.indexOf("=");
-      if (at > 0) chosen[part.slice(0, at)] = decodeURIComponent(part.slice(at + 1));
+  function all(selector, root) {
+    return Array.prototype.slice.call((root || document).querySelectorAll(selector));
+  }
+
+  /* An element with attributes and children; texts become text nodes, so nothing from data is ever markup. */
+  function make(tag, attributes, children) {
+    var element = document.createElement(tag);
+    Object.keys(attributes || {}).forEach(function (name) {
+      var value = attributes[name];
+      if (value === null || value === undefined || value === false) return;
+      element.setAttribute(name, value === true ? "" : value);
     });
-    return chosen;
-  }
-
-  function show(push) {
-    var chosen = {}, any = false;
-    Array.prototype.forEach.call(form.elements, function (e) { chosen[e.name] = e.value; });
-    cases.forEach(function (section) {
-      var fits = Object.keys(chosen).every(function (name) { return section.dataset[name] === chosen[name]; });
-      section.hidden = !fits;
-      any = any || fits;
+    [].concat(children === undefined ? [] : children).forEach(function (child) {
+      element.appendChild(typeof child === "object" ? child : document.createTextNode(String(child)));
     });
-    var none = document.getElementById("none");
-    none.hidden = any;
-    if (!any) none.querySelector("span").textContent = "Available: " + nearest(chosen) + ".";
-    var hash = "#" + Object.keys(chosen).map(function (n) { return n + "=" + encodeURIComponent(chosen[n]); }).join("&");
-    if (push && hash !== location.hash) history.pushState(null, "", hash);
+    return element;
   }
 
-  function nearest(chosen) {
-    var best = null, most = -1;
-    cases.forEach(function (section) {
-      var equal = Object.keys(chosen).filter(function (n) { return section.dataset[n] === chosen[n]; }).length;
-      if (equal > most) { most = equal; best = section; }
+  /* Copies text; where the clipboard is out of reach the text is selected in a field instead. */
+  function copy(text, button) {
+    function done() {
+      if (!button.dataset.label) button.dataset.label = button.textContent;
+      button.textContent = "Copied";
+      clearTimeout(button.timer);
+      button.timer = setTimeout(function () { button.textContent = button.dataset.label; }, 1600);
+      attnbench.say("Copied to the clipboard.");
+    }
+    function byHand() {
+      var field = make("textarea", { "aria-label": "Text to copy", class: "by-hand" });
+      field.value = text;
+      button.parentNode.insertBefore(field, button.nextSibling);
+      field.select();
+      if (document.execCommand && document.execCommand("copy")) { field.remove(); done(); }
+    }
+    if (navigator.clipboard && window.isSecureContext) navigator.clipboard.writeText(text).then(done, byHand);
+    else byHand();
+  }
+
+  /* One polite live region for the whole page. */
+  var live = make("div", { class: "hidden", role: "status", "aria-live": "polite", id: "spoken" });
+  function say(text) { live.textContent = text; }
+
+  function theme() {
+    var label = document.getElementById("theme"), root = document.documentElement;
+    if (!label) return;
+    var select = label.querySelector("select");
+    select.value = root.dataset.theme || "auto";
+    label.hidden = false;
+    select.addEventListener("change", function () {
+      if (select.value === "auto") delete root.dataset.theme;
+      else root.dataset.theme = select.value;
+      try {
+        if (select.value === "auto") localStorage.removeItem("attnbench-theme");
+        else localStorage.setItem("attnbench-theme", select.value);
+      } catch (e) { say("The theme holds for this page only: storage is not available."); }
+      document.dispatchEvent(new CustomEvent("attnbench-theme"));
     });
-    return Object.keys(chosen).map(function (n) { return best.dataset[n]; }).join(" · ");
   }
 
-  function fullest() {
-    return cases.reduce(function (best, section) {
-      var rows = function (s) { return s.querySelectorAll("tbody tr:not(.failed)").length; };
-      return rows(section) > rows(best) ? section : best;
-    });
-  }
-
-  function select(state) {
-    var usual = fullest().dataset;
-    Array.prototype.forEach.call(form.elements, function (e) {
-      var wanted = state[e.name];
-      var known = Array.prototype.some.call(e.options, function (o) { return o.value === wanted; });
-      e.value = known ? wanted : usual[e.name];
-    });
-    show(false);
-  }
-
-  function byNumber(a, b) { return isNaN(a) || isNaN(b) ? (a < b ? -1 : a > b ? 1 : 0) : a - b; }
-
-  if (form && cases.length) {
-    Array.prototype.forEach.call(form.elements, function (e) {
-      var values = {};
-      cases.forEach(function (s) { values[s.dataset[e.name]] = true; });
-      Object.keys(values).sort(byNumber).forEach(function (value) { e.add(new Option(value, value)); });
-      e.addEventListener("change", function () { show(true); });
-    });
-    form.hidden = false;
-    window.addEventListener("popstate", function () { select(fromHash()); });
-    select(fromHash());
-  }
-
-  function sortBy(table, index, descending) {
-    var body = table.tBodies[0];
-    Array.prototype.slice.call(body.rows)
-      .map(function (row) {
-        var cell = row.cells[index];
-        var key = cell ? (cell.dataset.sort !== undefined ? cell.dataset.sort : cell.textContent.trim()) : "";
-        return { row: row, key: key };
-      })
-      .sort(function (a, b) {
-        if (a.key === "" || b.key === "") return (a.key === "") - (b.key === "");
-        var order = isNaN(a.key) || isNaN(b.key) ? a.key.localeCompare(b.key) : a.key - b.key;
-        return descending ? -order : order;
-      })
-      .forEach(function (entry) { body.appendChild(entry.row); });
-  }
-
-  Array.prototype.forEach.call(document.querySelectorAll("section.case table"), function (table) {
-    Array.prototype.forEach.call(table.tHead.rows[0].cells, function (th, index) {
-      var button = document.createElement("button");
-      button.type = "button";
-      while (th.firstChild) button.appendChild(th.firstChild);
-      th.appendChild(button);
+  function copyButtons() {
+    var link = document.getElementById("copy-link");
+    if (link) {
+      link.hidden = false;
+      link.addEventListener("click", function () { copy(location.href, link); });
+    }
+    all("[data-copy]").forEach(function (button) {
+      button.hidden = false;
       button.addEventListener("click", function () {
-        var descending = th.getAttribute("aria-sort") === "ascending";
-        Array.prototype.forEach.call(table.tHead.rows[0].cells, function (c) { c.removeAttribute("aria-sort"); });
-        th.setAttribute("aria-sort", descending ? "descending" : "ascending");
-        sortBy(table, index, descending);
+        copy(button.parentNode.querySelector("code").textContent, button);
       });
     });
+  }
+
+  /* Cells of a matrix are one stop of the Tab key; arrows move between them. */
+  function roving(table) {
+    var stops = all("tbody a", table), current = stops[0];
+    if (!current) return;
+    stops.forEach(function (stop) { stop.tabIndex = -1; });
+    current.tabIndex = 0;
+    table.addEventListener("focusin", function (event) {
+      if (stops.indexOf(event.target) < 0) return;
+      current.tabIndex = -1;
+      current = event.target;
+      current.tabIndex = 0;
+    });
+    table.addEventListener("keydown", function (event) {
+      var step = { ArrowRight: [0, 1], ArrowLeft: [0, -1], ArrowDown: [1, 0], ArrowUp: [-1, 0] }[event.key];
+      var cell = event.target.closest("td,th");
+      if (!step || !cell) return;
+      event.preventDefault();
+      var row = cell.parentNode, column = cell.cellIndex;
+      for (;;) {
+        column += step[1];
+        if (step[0]) row = step[0] > 0 ? row.nextElementSibling : row.previousElementSibling;
+        var next = row && row.cells[column];
+        if (!next) return;
+        var stop = next.querySelector("a");
+        if (stop) { stop.focus(); return; }
+      }
+    });
+  }
+
+  attnbench.all = all;
+  attnbench.make = make;
+  attnbench.copy = copy;
+  attnbench.say = say;
+
+  document.addEventListener("DOMContentLoaded", function () {
+    document.body.appendChild(live);
+    theme();
+    copyButtons();
+    all("table[data-roving]").forEach(roving);
+    all("details.how").forEach(function (details) {
+      if (document.documentElement.classList.contains("visited")) details.open = false;
+      try { localStorage.setItem("attnbench-visited", "yes"); } catch (e) { /* then every visit is a first one */ }
+    });
+    document.documentElement.classList.remove("visited");
   });
 })();
