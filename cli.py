@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
@@ -13,10 +14,13 @@ from attnbench import __version__
 from attnbench.errors import AttnbenchError, UsageError, unknown_name
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
-    from attnbench.harness.config import RunConfig
+    from attnbench.harness.plan import Planned
     from attnbench.results.comparison import Comparison
+    from attnbench.results.table import Table
+    from attnbench.tasks.data.prepare import Progress
+    from attnbench.tasks.data.sources import State
 
 EXIT_FAILED, EXIT_USAGE = 1, 2
 
@@ -32,6 +36,10 @@ site_app = typer.Typer(
     help="Build or serve the static leaderboard.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(site_app, name="site")
+data_app = typer.Typer(
+    help="Find or download the real data sets of the tasks.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Results = Annotated[list[Path], typer.Argument(help="Run folders, Parquet files or journals.")]
@@ -51,7 +59,9 @@ def run(
     impl: Annotated[
         str, typer.Option(help="Ids, id/backend, globs, family:NAME, all, file.py:Class; comma-separated.")
     ] = "all",
-    gpu: Annotated[str, typer.Option(help="A device name, auto, or cpu.")] = "auto",
+    gpu: Annotated[
+        str, typer.Option(help="A device name, auto, or cpu; several with --engine ray or slurm: a100,h100.")
+    ] = "auto",
     suite: Annotated[str, typer.Option(help="Named set of workloads.")] = "ops",
     task: Annotated[
         str, typer.Option(help="Train and evaluate on these tasks instead of timing operations.")
@@ -73,6 +83,9 @@ def run(
     blocks: Annotated[int, typer.Option(help="Fresh processes that measure each case.")] = 1,
     publish: Annotated[bool, typer.Option(help="Measure three blocks, as published rows need.")] = False,
     shard: Annotated[str, typer.Option(help="Measure part i of n: i/n.")] = "1/1",
+    ranks: Annotated[
+        str, typer.Option(help="Processes that share one call, with --suite context_parallel: 1,2,4.")
+    ] = "",
     time_limit: Annotated[
         float, typer.Option(help="Seconds after which a case is a timeout; 0: 120, a task 1800.")
     ] = 0.0,
@@ -82,7 +95,14 @@ def run(
     infer: Annotated[
         bool, typer.Option(help="Skip lengths beyond one that ran out of memory or time.")
     ] = True,
-    engine: Annotated[str, typer.Option(help="Where workers run.")] = "local",
+    engine: Annotated[str, typer.Option(help="Where workers run: local, ray or slurm.")] = "local",
+    address: Annotated[
+        str, typer.Option(help="Ray cluster; default: RAY_ADDRESS, one on this machine, or a new one.")
+    ] = "",
+    jobs: Annotated[int, typer.Option(help="Slurm jobs that share the work, for each --gpu.")] = 1,
+    slurm: Annotated[
+        list[str] | None, typer.Option(help="A parameter of the Slurm jobs: partition=gpu. Repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder of the run. Default: runs/<time>.")] = None,
     resume: Annotated[Path | None, typer.Option(help="Go on with the run in this folder.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and measure nothing.")] = False,
@@ -111,16 +131,26 @@ def run(
         infer=infer,
         hyper=tuple(cfg.parse_hyper(text) for text in setting or ()),
         density=density,
+        ranks=cfg.parse_ranks(ranks) if ranks else (),
         engine=engine,
+        jobs=jobs,
     )
-    if dry_run:
-        _show_plan(request, as_json)
-        return
+    from attnbench.harness import engines
     from attnbench.harness import run as driver
     from attnbench.harness.progress import listener
 
-    with listener(quiet=quiet or as_json) as shown:
-        done = driver.resume(resume, shown) if resume else driver.run(request, out, shown)
+    where = driver.stored(resume)[1].engine if resume else cfg.check_engine(engine)
+    options = engines.Options(address, dict(cfg.parse_parameter(text) for text in slurm or ()))
+    with engines.opened(where, options) as opened:
+        if dry_run:
+            _show_plan(opened.plan(request), as_json)
+            return
+        with listener(quiet=quiet or as_json) as shown:
+            done = (
+                driver.resume(resume, shown, opened, request.impl)
+                if resume
+                else driver.run(request, out, shown, opened)
+            )
     if as_json:
         typer.echo(
             json.dumps({"path": str(done.path), "rows": len(done.rows), "by_status": done.by_status()})
@@ -130,11 +160,10 @@ def run(
     typer.echo(f"{len(done.rows)} rows ({counts}) in {done.path}\nNext: attnbench report {done.path}")
 
 
-def _show_plan(request: RunConfig, as_json: bool) -> None:
+def _show_plan(planned: list[Planned], as_json: bool) -> None:
     from attnbench.harness.plan import series_of
-    from attnbench.harness.run import prepare
 
-    resolved, planned = prepare(request)
+    devices = ", ".join(dict.fromkeys(item.case.device for item in planned))
     if as_json:
         cases = [
             {
@@ -145,14 +174,14 @@ def _show_plan(request: RunConfig, as_json: bool) -> None:
             }
             for p in planned
         ]
-        typer.echo(json.dumps({"device": resolved.device, "cases": cases}, indent=2))
+        typer.echo(json.dumps({"device": devices, "cases": cases}, indent=2))
         return
     for item in planned:
         note = f"  unsupported: {item.unsupported}" if item.unsupported else ""
         typer.echo(f"{item.case.key()}  {item.case.label()}{note}")
     blocked = sum(bool(p.unsupported) for p in planned)
     typer.echo(
-        f"{len(planned)} cases on {resolved.device}, {blocked} of them unsupported here, "
+        f"{len(planned)} cases on {devices}, {blocked} of them unsupported here, "
         f"in {series_of(planned)} worker processes"
     )
 
@@ -249,6 +278,64 @@ def estimate(
 
 
 @app.command()
+def pick(
+    results: Annotated[
+        list[Path] | None, typer.Argument(help="Results to pick from. Default: the published ones.")
+    ] = None,
+    pattern: Annotated[str, typer.Option(help="NS, CS, NC or CC.")] = "NS",
+    seqlen: Annotated[int, typer.Option(help="Queries N.")] = 4096,
+    keys: Annotated[int, typer.Option(help="Keys M; 0: as many as queries.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "bf16",
+    gpu: Annotated[str, typer.Option(help="Device of the rows; may be left out where they have one.")] = "",
+    direction: Annotated[str, typer.Option(help="fwd or fwd_bwd.")] = "fwd",
+    scope: Annotated[str, typer.Option(help="op or layer.")] = "op",
+    workload: Annotated[str, typer.Option(help="Only this workload.")] = "",
+    max_error: Annotated[
+        float, typer.Option(help="Largest RMS distance to exact softmax attention; 0: exact only.")
+    ] = float("inf"),
+    inputs: Annotated[
+        str, typer.Option(help="Inputs of that distance: recorded, structured or gaussian.")
+    ] = "recorded",
+    as_json: Json = False,
+) -> None:
+    """Pick an impl for a case from measured rows: the fastest within an error, the runner-up, and why.
+
+    Exits with 1 where the data cannot tell; nothing is extrapolated.
+    """
+    from attnbench.results import pick as picking
+
+    if inputs not in picking.INPUTS:
+        raise unknown_name("--inputs", inputs, picking.INPUTS)
+    question = picking.Question(
+        pattern=pattern,
+        n=seqlen,
+        m=keys,
+        dtype=dtype,
+        device=gpu,
+        direction=direction,
+        scope=scope,
+        workload=workload,
+        max_error=max_error,
+        inputs=inputs,
+    )
+    answers = picking.pick(_rows(results or [_published()]), question)
+    if as_json:
+        typer.echo(json.dumps([answer.plain() for answer in answers], indent=2))
+    else:
+        for answer in answers:
+            _print_table(picking.to_table(answer, question), False)
+    if not any(answer.best for answer in answers):
+        raise typer.Exit(EXIT_FAILED)
+
+
+def _published() -> Path:
+    folder = Path(__file__).parent / "results/published"
+    if not any(folder.glob("**/*.parquet")):
+        raise UsageError(f"{folder} holds no published results; name run folders or Parquet files")
+    return folder
+
+
+@app.command()
 def report(
     results: Results,
     out: Annotated[Path | None, typer.Option(help="Also write tables (CSV) and figures here.")] = None,
@@ -286,6 +373,31 @@ def _write_report(built: Any, rows: list[dict[str, Any]], out: Path, suffix: str
         raise UsageError(f"{out} cannot be written: {error.strerror}; choose another --out") from None
     for path in figures.draw(rows, out, (suffix,), baseline):
         typer.echo(f"wrote {path}")
+
+
+@app.command()
+def score(
+    results: Results,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores.parquet, CSV and Markdown.")] = None,
+    min_pool: Annotated[
+        int, typer.Option(help="Fewest mechanisms whose spread may define an index.", min=2)
+    ] = 6,
+    as_json: Json = False,
+) -> None:
+    """Say what scores mean together: benefit of attention, positions, indices, correlations, lengths."""
+    from attnbench.results import scoring
+
+    found = scoring.score(_rows(results), min_pool)
+    if as_json:
+        typer.echo(json.dumps([dict(record) for t in found.tables for record in t.records], default=str))
+    else:
+        for table in found.tables:
+            _print_table(table, False)
+        for note in found.notes:
+            typer.echo(note)
+    if out is not None:
+        for path in scoring.write(found, out):
+            typer.echo(f"wrote {path}")
 
 
 @app.command()
@@ -335,7 +447,9 @@ def compare(
     head: Annotated[str, typer.Argument(help="The same, what is suspected of being slower.")],
     pairs: Annotated[int, typer.Option(help="Pairs of blocks to measure.")] = 8,
     max_pairs: Annotated[int, typer.Option(help="Pairs in all while a case is uncertain.")] = 16,
-    fail_on: Annotated[str, typer.Option(help="slower, uncertain or never: what exits with 1.")] = "slower",
+    fail_on: Annotated[
+        str, typer.Option(help="What exits with 1: slower, uncertain, incorrect, missing; or never.")
+    ] = "slower",
     calibration: Annotated[
         Path | None, typer.Option(help="File of `attnbench calibrate`: thresholds from this machine's noise.")
     ] = None,
@@ -351,16 +465,19 @@ def compare(
     from attnbench.results import comparison
     from attnbench.results.compare import DEFAULT
 
-    if fail_on not in comparison.FAIL_ON:
-        raise unknown_name("--fail-on", fail_on, comparison.FAIL_ON)
+    known = {str(word): word for word in comparison.FAIL_ON}
+    for word in _list(fail_on):
+        if word not in known:
+            raise unknown_name("--fail-on", word, known)
+    reasons = {known[word] for word in _list(fail_on)}
     rule = noise.load(calibration).rule() if calibration else DEFAULT
     found = turns.compare(
         base, head, context.args, pairs=pairs, max_pairs=max_pairs, rule=rule, announce=_announcer(as_json)
     )
     _print_comparison(found, markdown, as_json)
-    if found.failed(fail_on):
+    if any(found.failed(reason) for reason in reasons):
         raise typer.Exit(EXIT_FAILED)
-    if not any(case.decision.pairs for case in found.cases):
+    if reasons & {"slower", "uncertain"} and not any(case.decision.pairs for case in found.cases):
         raise AttnbenchError("no case has enough pairs of times on both sides; see the reasons above")
 
 
@@ -421,11 +538,14 @@ def _print_comparison(found: Comparison, markdown: Path | None, as_json: bool) -
 def site_build(
     results: Results,
     out: Annotated[Path, typer.Option(help="Folder of the site.")] = Path("_site"),
+    url: Annotated[str, typer.Option(help="Address that the site will have, where links need it.")] = "",
+    repository: Annotated[str, typer.Option(help="Address of the source, for links to it.")] = "",
 ) -> None:
     """Write the leaderboard as static pages."""
+    from attnbench.harness import catalogue
     from attnbench.site.build import build
 
-    pages = build(results, out)
+    pages = build(results, out, catalogue.catalogue, url=url, repository=repository)
     typer.echo(f"{pages} pages in {out}: open {out / 'index.html'}")
 
 
@@ -438,6 +558,82 @@ def site_serve(
     from attnbench.site.serve import serve
 
     serve(folder, port, typer.echo)
+
+
+DataRoot = Annotated[
+    Path | None, typer.Option(help="Folder of the data sets. Default: $ATTNBENCH_DATA, ~/.cache/attnbench.")
+]
+
+
+@data_app.command("status")
+def data_status(
+    data_root: DataRoot = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Count and sample what is here.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show which real data sets are here, where, and what the others need."""
+    from attnbench.tasks.data import sources
+
+    _print_table(_data_table(list(sources.states(data_root, verify))), as_json)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="Data set, as `attnbench data status` names it.")],
+    data_root: DataRoot = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar.")] = False,
+) -> None:
+    """Download a data set and check it. A run never downloads anything."""
+    from attnbench.tasks.data.prepare import prepare
+
+    with _download_bar(quiet) as shown:
+        source = prepare(name, data_root, shown)
+    typer.echo(f"{name} in {source.root}: {', '.join(map(str, source.verify()))}")
+
+
+def _data_table(states: list[State]) -> Table:
+    from operator import itemgetter
+
+    from attnbench.results.table import Column, table
+
+    records = [
+        {
+            "data_set": state.data_set.name,
+            "title": state.data_set.title,
+            "folder": str(state.root or "–"),
+            "state": state.summary,
+            "size": state.data_set.size,
+            "licence": state.data_set.licence,
+            "get_it": state.data_set.command or state.data_set.home,
+        }
+        for state in states
+    ]
+    columns = [Column(name.replace("_", " "), itemgetter(name), False) for name in records[0]]
+    here = sum(state.root is not None for state in states)
+    return table(f"{here} of {len(records)} data sets are here", columns, records)
+
+
+@contextlib.contextmanager
+def _download_bar(quiet: bool) -> Iterator[Progress | None]:
+    """A bar for every file that is fetched, on a terminal only."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TransferSpeedColumn
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        yield None
+        return
+    name_column = TextColumn("{task.description}", markup=False)
+    with Bars(name_column, BarColumn(), DownloadColumn(), TransferSpeedColumn(), console=console) as bars:
+        shown: dict[str, TaskID] = {}
+
+        def show(name: str, done: int, total: int | None) -> None:
+            if name not in shown:
+                shown[name] = bars.add_task(name, total=total)
+            bars.update(shown[name], completed=done)
+
+        yield show
 
 
 # ---- helpers -------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from attnbench.impls.spec import Spec
 from attnbench.results.schema import COLUMNS, GROUPS, STATUS_MEANING, Column
+from attnbench.tasks.base import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 INTRO = """\
@@ -134,7 +135,96 @@ def _signature(function: Callable[..., object]) -> str:
     return str(inspect.Signature(shown))
 
 
-PAGES = {"docs/metrics.md": metrics, "docs/mechanisms.md": mechanisms, "docs/kernels.md": kernels}
+FLOPS_INTRO = """\
+<!-- Written by scripts/write_docs.py by counting: edit the formulas in impls/. -->
+# FLOPs: stated and counted
+
+Every mechanism states its forward FLOPs as a formula; a multiply-add is 2. The table compares the formula
+with what torch's `FlopCounterMode` counts on the named backend for one batch element, 2 heads of 8: the
+contract check `flops_match_counter` fails beyond 2 %. The counter sees matrix products and convolutions, not
+element-wise work, sorting or scans. Where a backend computes more than the definition needs (a masked dense
+product, say), the formula that is compared is the one of the work done (`counted_flops`); the rows of results
+carry the work needed.
+"""
+
+
+def flops() -> str:
+    """The text of docs/flops.md: stated against counted FLOPs, then the mechanisms that cannot be counted."""
+    from attnbench.harness.contract import targets
+    from attnbench.harness.contract.flops import count
+    from attnbench.harness.contract.probe import Probe
+    from attnbench.impls import registry
+
+    text = FLOPS_INTRO + "\n| mechanism | pattern | backend | N × M | stated | counted | stated/counted |\n"
+    text += "|---|---|---|---:|---:|---:|---:|\n"
+    notes = ""
+    for name in registry.ids():
+        spec = registry.spec(name)
+        if not spec.flops_backend:
+            notes += f"| `{name}` | {_cell(spec.flops_note)} |\n"
+            continue
+        for target in targets(registry.mechanism(name)):
+            if target.backend == spec.flops_backend:
+                probe = Probe(target)
+                n, m = probe.cost_sizes()[-1]
+                counted, stated = count(probe, n, m)
+                text += f"| `{name}` | {target.pattern} | {target.backend} | {n} × {m} "
+                text += f"| {stated:,} | {counted:,} | {stated / counted:.3f} |\n"
+    return text + "\n## Not countable\n\n| mechanism | why |\n|---|---|\n" + notes
+
+
+TASKS_INTRO = """\
+<!-- Written by scripts/write_docs.py from the tasks: edit there. -->
+# Tasks
+
+{count} tasks. Each trains a small model whose only variable part is the attention of one pattern; all other
+attention of the model is softmax. `attnbench run --impl performer --task mqar,suite:cab` runs one or a
+suite; beside the mechanisms asked for, every task runs two exact forms of softmax, whose scores must tie, and
+two controls: `no_mixing` (no token sees another) and `uniform` (tokens are averaged). The *limits* are what
+softmax must reach and no mixing must miss, measured with seeds 0, 1 and 2, for the preset to count as a test
+of attention; a task without limits under a pattern is reported and marked as not discriminating.
+`attnbench score` puts the scores together; `attnbench data status` says which real data are here.
+"""
+
+
+def tasks() -> str:
+    """The text of docs/tasks.md: a table by suite, then what each task declares."""
+    from attnbench.tasks import registry
+
+    found = [registry.task(name) for name in registry.ids()]
+    text = TASKS_INTRO.format(count=len(found))
+    for suite in registry.SUITES:
+        mine = [task for task in found if registry.suite_of(task.id) == suite]
+        text += f"\n## {suite} ({len(mine)})\n\n| task | patterns | metric | presets |\n|---|---|---|---|\n"
+        for task in mine:
+            better = f"`{task.metric}`, {task.better} is better"
+            text += f"| [`{task.id}`](#{task.id}) | {' '.join(task.patterns)} | {better} "
+            text += f"| {', '.join(task.presets)} |\n"
+        text += "".join(_task_section(task) for task in mine)
+    return text
+
+
+def _task_section(task: Task) -> str:
+    text = f"\n### {task.id}\n\n{task.title}. {task.data}.\n\nSource: {task.source}\n\n"
+    text += "| preset | pattern | N | M | C | heads | steps | batch | softmax reaches | no mixing misses |\n"
+    text += "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|\n"
+    for name, preset in task.presets.items():
+        for pattern in task.patterns:
+            shape, check = task.workload(name, pattern), preset.checks.get(pattern)
+            w = shape.workload
+            limits = f"{check.softmax:g} | {check.no_mixing:g}" if check else "– | –"
+            text += f"| {name} | {pattern} | {shape.n} | {shape.m} | {w.width} | {w.heads} "
+            text += f"| {preset.recipe.steps} | {w.batch * preset.recipe.accumulate} | {limits} |\n"
+    return text
+
+
+PAGES = {
+    "docs/metrics.md": metrics,
+    "docs/mechanisms.md": mechanisms,
+    "docs/kernels.md": kernels,
+    "docs/flops.md": flops,
+    "docs/tasks.md": tasks,
+}
 
 
 def main() -> int:

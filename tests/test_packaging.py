@@ -56,7 +56,9 @@ def test_the_wheel_holds_what_git_holds(tmp_path: Path) -> None:
     wanted = {
         name
         for name in listed
-        if (name in ("__init__.py", "cli.py", "errors.py", "py.typed") or name.startswith(FOLDERS))
+        if (
+            name in ("__init__.py", "cli.py", "errors.py", "py.typed") or name.startswith((*FOLDERS, "docs/"))
+        )
         and "/" in name + "/"
         and not name.startswith(OUTSIDE_THE_WHEEL)
         and (ROOT / name).is_file()
