@@ -72,15 +72,25 @@
       if (raw && th.dataset.key) return th.dataset.key;
       return shown && shown !== "def." ? label + " (" + shown + ")" : label;
     });
-    var rows = Array.prototype.filter.call(table.tBodies[0].rows, visible).map(function (row) {
+    var body = Array.prototype.filter.call(table.tBodies[0].rows, visible).filter(function (row) { return !row.classList.contains("detail"); });
+    var told = raw && body.some(function (row) { return row.dataset.status; });
+    if (told) header.push("status", "reason");
+    var rows = body.map(function (row) {
       var line = [], cells = seen(row);
       cells.forEach(function (cell) {
-        line.push(raw && cell.dataset.v ? cell.dataset.v : plain(cell));
+        line.push(raw && cell.dataset.v !== undefined ? cell.dataset.v : plain(cell));
         if (cell.colSpan > 1) for (var i = cells.length; i < heads.length; i++) line.push("");  /* what else it covers */
       });
+      if (told) line.push(row.dataset.status, reason(row));
       return line;
     });
     return { caption: table.caption ? plain(table.caption, " · ") : "", header: header, rows: rows, heads: heads };
+  }
+
+  /* Why a row has no values, without the status that stands before it. */
+  function reason(row) {
+    var cell = row.querySelector("td.reason");
+    return cell ? plain(cell).slice(row.dataset.status.length).trim() : "";
   }
 
   function plain(cell, between) {
@@ -109,7 +119,7 @@
       line(found.header), "\\midrule"].concat(found.rows.map(line), "\\bottomrule", "\\end{tabular}", "\\end{table}", "").join("\n");
   }
 
-  /* Values as stored, in the units of the schema. */
+  /* Values as stored, in the units of the schema; what is not known is empty, and status and reason have columns. */
   function csv(table) {
     var found = texts(table, true);
     return [found.header].concat(found.rows).map(function (cells) {

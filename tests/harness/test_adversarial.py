@@ -27,7 +27,7 @@ EXPECTED: dict[str, tuple[str, str]] = {
     "NanOnTheSecondCall": ("incorrect", "not finite"),
     "ReturnsItsInput": ("incorrect", "the output is a view of input 2"),
     "ReusesItsOutput": ("incorrect", "two calls return the same memory"),
-    "WorksElsewhere": ("incorrect", "output of a later call"),
+    "WorksElsewhere": ("incorrect", ""),  # what it is caught at depends on when its thread runs
     "PatchesClocks": ("incorrect", "it replaced functions that measure it: time.perf_counter"),
     "PatchesTheHarness": ("incorrect", "it replaced functions that measure it: attnbench."),
     "SlowsTheClock": ("incorrect", "the clock was tampered with"),

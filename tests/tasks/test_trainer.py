@@ -181,7 +181,7 @@ def test_a_killed_training_goes_on_from_its_checkpoint_to_the_same_weights(tmp_p
     for model in (cut, again):
         model.load_state_dict(straight.state_dict())
     train(straight, source(), loss_of, RECIPE, 16)
-    checkpoints = Checkpoints(tmp_path / "deep/state.pt", every_s=1.5)
+    checkpoints = Checkpoints(tmp_path / "deep/state.pt", every_s=0.5)
 
     def kill(done, planned, loss):
         if done == 20:

@@ -112,7 +112,16 @@ def test_a_measured_case_has_the_same_work():
     asked = case(
         workload=shape, n=32, m=32, backend="torch", direction="fwd_bwd", dtype="float32", device="cpu"
     )
-    measurer = Measurer({"device": "cpu", "timing": "tiny", "gate_max_n": 64, "preset": "tiny", "threads": 1})
+    measurer = Measurer(
+        {
+            "device": "cpu",
+            "timing": "tiny",
+            "gate_max_n": 64,
+            "preset": "tiny",
+            "threads": 1,
+            "checkpoints": "",
+        }
+    )
     row = measurer.measure(asked, lambda message: None)
     modelled = estimate(asked, hardware("b200"))
     assert row["status"] == "ok", row

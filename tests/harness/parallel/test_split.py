@@ -39,7 +39,7 @@ def test_split_attention_is_the_attention_of_one_device(size: int, tmp_path: Pat
     ]
     outputs = [process.communicate(timeout=300)[0] for process in ranks]
     assert [process.returncode for process in ranks] == [0] * size, "\n".join(outputs)
-    assert outputs[0].count("worst=") == 28
+    assert outputs[0].count("worst=") == (28 if size < 4 else 24)  # Ulysses has no 2 key heads for 4 ranks
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag"])

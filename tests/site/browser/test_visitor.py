@@ -184,9 +184,14 @@ def test_buttons_copy_what_they_say(page: Page, site: Site, expected: Tables) ->
     assert len({line.replace("\\|", "").count("|") for line in lines[2:]}) == 1, "every line has every cell"
     page.locator("button[data-as=csv]").click()
     page.locator("button[data-as=csv]:text('Copied')").wait_for()
-    times = [float(line["time_us"]) for line in csv.DictReader(io.StringIO(pasted(page))) if line["time_us"]]
-    measured = [line.values["time_us"] for line in expected[case].values() if line.ok]
-    assert sorted(times) == pytest.approx(sorted(measured), rel=1e-5)
+    found = {line["impl"]: line for line in csv.DictReader(io.StringIO(pasted(page)))}
+    assert set(found) == set(expected[case])
+    for label, wanted in expected[case].items():
+        line, time = found[label], wanted.values["time_us"]
+        assert (line["status"], line["reason"]) == (wanted.status, wanted.reason)
+        assert (float(line["time_us"]) if line["time_us"] else None) == (
+            time and pytest.approx(time, rel=1e-5)
+        )
 
 
 def test_the_command_that_repeats_a_case_is_one_that_attnbench_takes(page: Page, site: Site) -> None:
