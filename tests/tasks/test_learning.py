@@ -1,6 +1,6 @@
 """The learning checks of the tiny presets: softmax learns the task, a model without mixing cannot.
 
-One or two tasks a pattern are checked always, the others with ATTNBENCH_LEARNING=all.
+One task a pattern is checked always, the others with ATTNBENCH_LEARNING=all.
 """
 
 import os
@@ -11,12 +11,9 @@ from attnbench.tasks import registry
 from attnbench.tasks.run import run_task
 
 GATES = {
-    ("mlm", "NS"),
     ("icl_regression", "NS"),
-    ("lm", "CS"),
     ("mqar", "CS"),
     ("gcog", "NC"),
-    ("lstf_probe", "NC"),
     ("sum", "CC"),
 }
 EVERYTHING = os.environ.get("ATTNBENCH_LEARNING") == "all"
