@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,6 @@ from attnbench.site.page import Page, SiteData
 from attnbench.site.views import glance
 from attnbench.site.views.links import impl_page
 from attnbench.site.views.mechanism import ERRORS, mechanism
-from attnbench.site.views.profile import same_setting
 from attnbench.site.views.tasks import places
 from attnbench.site.views.words import STATUS_ORDER
 
@@ -40,9 +40,10 @@ def _curves(data: SiteData, name: str) -> dict[str, Any]:
     own = {
         case: [s for s in group if s.get("mechanism") == name and s.ok] for case, group in data.cases.items()
     }
+    lengths = Counter((case.setting, case.workload) for case in data.cases)
     chosen = max(
         (case for case, found in own.items() if found),
-        key=lambda c: (c.device != "cpu", len(same_setting(data.cases, c, False)), c.direction == "fwd", c),
+        key=lambda c: (c.device != "cpu", lengths[c.setting, c.workload], c.direction == "fwd", c),
         default=None,
     )
     spec = None if chosen is None else glance.scaling(data.cases, chosen, name)

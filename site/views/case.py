@@ -33,6 +33,11 @@ class Case:
     stack: str
 
     @property
+    def setting(self) -> tuple[object, ...]:
+        """All of the case but its workload and lengths: cases of one setting are drawn together."""
+        return self.device, self.dtype, self.direction, self.scope, self.pattern, self.seed, self.stack
+
+    @property
     def size(self) -> str:
         """Queries, or queries × keys where these differ: ``4096``, ``1x4096``."""
         return str(self.n) if self.n == self.m else f"{self.n}x{self.m}"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from attnbench.results.aggregate import Summary
 from attnbench.site.views.case import Case, baseline
@@ -77,12 +77,8 @@ def setting(cases: Mapping[Case, Sequence[Summary]]) -> Setting:
 
 def same_setting(cases: Iterable[Case], chosen: Case, all_workloads: bool) -> list[Case]:
     """Cases that differ from ``chosen`` in length only, or in workload and length."""
-    return [
-        c
-        for c in cases
-        if replace(c, workload="", n=0, m=0) == replace(chosen, workload="", n=0, m=0)
-        and (all_workloads or c.workload == chosen.workload)
-    ]
+    wanted = chosen.setting
+    return [c for c in cases if (all_workloads or c.workload == chosen.workload) and c.setting == wanted]
 
 
 def _within(times: Mapping[Case, float], fastest: Mapping[Case, float]) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""The language-modelling task: data, model, scoring, the row; and the learning check, marked slow."""
+"""The language-modelling task: data, model, scoring, the row."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Point-cloud completion: shapes, geometry, metrics, wiring, PCN; the learning check, marked slow."""
+"""Point-cloud completion: shapes, geometry, metrics, wiring, PCN."""
 
 from __future__ import annotations
 
@@ -349,12 +349,3 @@ def test_without_pcn_the_paper_preset_says_how_to_get_it(monkeypatch, tmp_path):
 def test_the_probe_is_the_same_task_with_other_wiring():
     assert pcc_probe.TINY.wiring is Probe
     assert pcc_probe.PAPER.dims == pcc.PAPER.dims
-
-
-# ---- the learning check --------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_the_tiny_probe_learns_with_softmax_and_does_not_without_mixing():
-    scores = {name: run_task("pcc_probe", name, seed=0)["metric_value"] for name in ("softmax", "no_mixing")}
-    assert pcc_probe.TINY.checks[Pattern.NC].problems("lower", **scores) == []

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -12,7 +11,6 @@ import torch
 from torch import nn
 
 from attnbench.errors import UsageError
-from attnbench.impls.spec import Pattern
 from attnbench.tasks import registry
 from attnbench.tasks.controls import build_attention
 from attnbench.tasks.recall import copy_tokens, induction, mqar, multi_needle, passkey, selective_copy
@@ -349,11 +347,3 @@ def test_problems_are_frozen_so_that_their_text_names_all_dials():
     for problem in PROBLEMS:
         assert dataclasses.is_dataclass(problem)
         assert all(f"{field.name}=" in repr(problem) for field in dataclasses.fields(problem))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", TASKS)
-def test_tiny_learns_with_softmax_and_does_not_without_mixing(task):
-    check = import_module(f"attnbench.tasks.recall.{task}").TINY.checks[Pattern.CS]
-    scores = {name: run_task(task, name, seed=0)["metric_value"] for name in ("softmax", "no_mixing")}
-    assert check.problems("higher", **scores) == []

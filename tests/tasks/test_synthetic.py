@@ -3,7 +3,6 @@
 import json
 import math
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -357,17 +356,3 @@ def test_parts_have_generators_of_their_own():
     }
     assert len(set(draws.values())) == 4
     assert generator(problem, "train", 1).random() == draws["train", 1]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("task", "pattern"),
-    [(task, pattern) for task, module in MODULES.items() for pattern in module.TINY.checks],
-)
-def test_tiny_learns_with_softmax_and_does_not_without_mixing(task, pattern):
-    found = import_module(f"attnbench.tasks.synthetic.{task}")
-    scores = {
-        name: run_task(task, name, pattern=pattern, seed=0)["metric_value"]
-        for name in ("softmax", "no_mixing")
-    }
-    assert found.TINY.checks[pattern].problems(found.TASK.better, **scores) == []
