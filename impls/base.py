@@ -468,6 +468,12 @@ def softmax_map(
     return scores.masked_fill(empty, 0.0).softmax(-1).masked_fill(empty, 0.0)
 
 
+def causal_pairs(n: int, m: int) -> int:
+    """Pairs with j ≤ i + M − N: query i sees the first i + 1 + M − N keys, none where that is ≤ 0."""
+    seeing = min(n, m)
+    return seeing * (m - seeing + 1 + m) // 2
+
+
 __all__ = [
     "Attention",
     "Case",
@@ -479,5 +485,6 @@ __all__ = [
     "Spec",
     "Support",
     "UnsupportedPattern",
+    "causal_pairs",
     "softmax_map",
 ]

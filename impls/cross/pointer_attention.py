@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from attnbench.impls.base import Attention, Grid
+from attnbench.impls.base import Attention, Grid, causal_pairs
 from attnbench.impls.spec import Paper, Pattern, Spec
 
 PAIRS_AT_ONCE = 1 << 22
@@ -122,7 +122,7 @@ class PointerAttention(Attention):
         """Visible pairs of one head."""
         if self.pattern is not Pattern.CS:
             return n * m
-        return sum(min(m, max(0, i + 1 + m - n)) for i in range(n))
+        return causal_pairs(n, m)
 
     def flops(self, n: int, m: int) -> int:
         """For every visible pair 4·D elementwise operations and 2·D for the value."""

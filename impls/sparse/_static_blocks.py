@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnbench.errors import UsageError
-from attnbench.impls.base import Grid, Pattern, SparseAttention
+from attnbench.impls.base import Grid, Pattern, SparseAttention, causal_pairs
 from attnbench.kernels import Selection, block_sparse, padding_bias
 from attnbench.kernels.selection import visible
 
@@ -92,9 +92,3 @@ def kept_pairs(selection: Selection, heads: int, causal: bool) -> int:
     n, m = selection.n, selection.m
     allowed = causal_pairs(n, m) if causal else n * m
     return round(float(selection.density(causal)) * heads * allowed)
-
-
-def causal_pairs(n: int, m: int) -> int:
-    """Pairs with j ≤ i + M − N: query i sees the first i + 1 + M − N keys, none where that is ≤ 0."""
-    seeing = min(n, m)
-    return seeing * (m - seeing + 1 + m) // 2

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnbench.errors import UsageError
-from attnbench.impls.base import Grid, Pattern, SparseAttention, Spec
+from attnbench.impls.base import Grid, Pattern, SparseAttention, Spec, causal_pairs
 from attnbench.impls.spec import Hyper, Paper
 from attnbench.kernels import Selection, block_mass, block_sparse, flash, padding_bias
 from attnbench.kernels.selection import diagonal, topk, topp, visible
@@ -136,7 +136,7 @@ class BlockTopkOracle(SparseAttention):
 
     def flops(self, n: int, m: int) -> int:
         """2·D twice for every visible pair, to find the mass, and 4·D for a share of them, to attend."""
-        pairs = n * m if self.pattern is not Pattern.CS else sum(max(0, i + 1 + m - n) for i in range(n))
+        pairs = causal_pairs(n, m) if self.pattern is Pattern.CS else n * m
         share = 1.0 if self.hp.top_p is not None else self.hp.share
         return self.num_heads * self.head_dim * (4 * pairs + 4 * math.ceil(share * pairs))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from attnbench.errors import UsageError
-from attnbench.impls.base import Attention, Grid, Pattern, Spec
+from attnbench.impls.base import Attention, Grid, Pattern, Spec, causal_pairs
 from attnbench.impls.spec import Hyper, Paper
 from attnbench.kernels import flash, flash_int8, padding_bias
 from attnbench.kernels.flash_int8 import BLOCKS
@@ -140,7 +140,7 @@ class SageInt8(Attention):
 
     def flops(self, n: int, m: int) -> int:
         """2·D for the score and 2·D for the value of every visible pair, an INT8 operation as one."""
-        pairs = sum(max(0, i + 1 + m - n) for i in range(n)) if self.pattern is Pattern.CS else n * m
+        pairs = causal_pairs(n, m) if self.pattern is Pattern.CS else n * m
         return 4 * self.num_heads * pairs * self.head_dim
 
     def counted_flops(self, n: int, m: int) -> int:

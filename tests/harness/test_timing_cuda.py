@@ -162,7 +162,7 @@ H100 = {
         0: types.SimpleNamespace(violationTime=5_000_000),
         1: types.SimpleNamespace(violationTime=0),
     },
-    "GetComputeRunningProcesses": [types.SimpleNamespace(pid=1)],
+    "GetComputeRunningProcesses": [types.SimpleNamespace(pid=(1 << 22) + 1)],  # above any pid: not a parent
 }
 
 
