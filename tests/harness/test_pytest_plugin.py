@@ -37,7 +37,10 @@ def test_without_pytest_benchmark_it_says_what_is_missing(pytester: pytest.Pytes
     done.stdout.fnmatch_lines(["*expected it: pip install 'attnbench?pytest?'*"])
 
 
-def test_a_case_is_checked_timed_and_stored(pytester: pytest.Pytester) -> None:
+def test_a_case_is_checked_timed_and_stored(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # under xdist pytest-benchmark stores nothing
     pytester.makepyfile(
         f"""
         def test_speed(attnbench_case):
