@@ -4,7 +4,7 @@ Two copies of this source tree are compared; in one, noncausal linear attention 
 its tokens for nothing, in numpy, where no count of operators shows it. Then two equal copies are
 compared. It takes minutes of a quiet machine:
 
-    python benchmarks/planted_slowdown.py [--pairs 8] [--seqlen 8192,32768]
+    python benchmarks/planted_slowdown.py [--pairs 24] [--seqlen 4096]
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def compared(base: Path, head: Path, pairs: int, seqlen: str) -> tuple[int, dict
 def main() -> None:
     """Print both comparisons; exits with 1 unless the first finds the slow-down and the second none."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pairs", type=int, default=8)
-    parser.add_argument("--seqlen", default="8192,32768")
+    parser.add_argument("--pairs", type=int, default=24)
+    parser.add_argument("--seqlen", default="4096")
     arguments = parser.parse_args()
     codes = []
     with tempfile.TemporaryDirectory() as scratch:

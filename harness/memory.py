@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,23 +223,33 @@ class ProfilerMeter:
 def resident_growth(call: Call) -> int | None:
     """Bytes by which this process's resident memory grows at most during ``call``; None without /proc.
 
-    What is free on the heap is given back first: memory that was used before would not show.
+    What is free on the heap is given back first: memory that was used before would not show. Large blocks
+    are pages of their own meanwhile: holes of the heap that they do not fit would be counted as theirs.
     """
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
-    if trim is None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "malloc_trim"):  # another libc than glibc
         return None
-    trim(0)
+    libc.malloc_trim(0)
     try:
         _CLEAR.write_text("5")  # the peak is now what is resident now
     except OSError:
         return None
-    before = _resident_bytes("VmRSS")
-    result = call()
-    grown = _resident_bytes("VmHWM") - before
-    del result
+    libc.mallopt(M_MMAP_MAX, MMAP_MAX)
+    libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+    try:
+        before = _resident_bytes("VmRSS")
+        result = call()
+        grown = _resident_bytes("VmHWM") - before
+        del result
+    finally:
+        libc.mallopt(M_MMAP_MAX, int(os.environ.get("MALLOC_MMAP_MAX_", MMAP_MAX)))
     return grown
 
+
+M_MMAP_THRESHOLD, M_MMAP_MAX = -3, -4
+MMAP_THRESHOLD, MMAP_MAX = 128 << 10, 65536
+"""Parameters of glibc's mallopt and their defaults."""
 
 _CLEAR, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 

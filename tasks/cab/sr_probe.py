@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from attnbench.impls.base import Attention
 from attnbench.impls.case import Workload
 from attnbench.impls.spec import Pattern
-from attnbench.tasks.base import BuildAttention, Corpus, Preset, Session, Shape, Task
+from attnbench.tasks.base import BuildAttention, Corpus, LearningCheck, Preset, Session, Shape, Task
 from attnbench.tasks.blocks import Block
 from attnbench.tasks.data import pictures, pool
 from attnbench.tasks.trainer import Recipe
@@ -52,9 +52,9 @@ class PixelModel(nn.Module):
     def __init__(self, size: int, attentions: list[Attention]) -> None:
         super().__init__()
         self.grid, width = (size, size), attentions[0].embed_dim
-        self.stem = nn.Linear(CHANNELS, width)
+        self.stem = nn.Sequential(nn.Linear(CHANNELS, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.blocks = nn.ModuleList(Block(width, attention, ratio=2) for attention in attentions)
-        self.head = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 1))
+        self.head = nn.Linear(width, 1)  # without a norm: what attention copies must arrive as it is
 
     def forward(self, x: Tensor) -> Tensor:
         """Pixels (B, size², CHANNELS) → what to add to the mosaic, (B, size²)."""
@@ -172,13 +172,14 @@ def _shape(preset: str, batch: int, width: int, side: int) -> Shape:
 
 TINY = MosaicPreset(
     shape=_shape("tiny", batch=16, width=32, side=2),
-    recipe=Recipe(steps=2000, lr=1e-2, warmup=200),
-    checks={},
+    recipe=Recipe(steps=800, lr=8e-3, warmup=80),
+    checks={Pattern.NS: LearningCheck(softmax=30.0, no_mixing=18.0)},
     side=2,
     layers=1,
 )
-"""For one core: 32,000 mosaics are seen. No learning check before the whole run is measured: after 300 steps
-of a schedule of 600 softmax had not found the sharp copy yet (mean absolute error 0.12)."""
+"""For one core: 12,800 mosaics are seen. Measured with seeds 0, 1 and 2: 44.9, 43.2 and 45.8 dB with softmax;
+with seed 0: 12.9 dB without mixing, 14.7 dB with linear attention. Without the network before attention, or
+with a norm after it, softmax stays below 19 dB."""
 
 SMALL = MosaicPreset(
     shape=_shape("small", batch=32, width=64, side=8),
