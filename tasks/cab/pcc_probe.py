@@ -17,14 +17,13 @@ from attnbench.tasks.trainer import Recipe
 TINY = replace(
     pcc.TINY,
     shape=pcc.shape_of("pcc_probe_tiny", batch=16, heads=4, head_dim=16, queries=32, proxies=32),
-    recipe=Recipe(steps=400, lr=2e-3, warmup=40),
-    checks={Pattern.NC: LearningCheck(softmax=61.0, no_mixing=80.0)},
+    recipe=Recipe(steps=250, lr=2e-3, warmup=25),
+    checks={Pattern.NC: LearningCheck(softmax=67.0, no_mixing=77.0)},
     dims=replace(pcc.TINY.dims, fold=4),
     wiring=Probe,
 )
-"""For one core: 6,400 clouds are seen.
-
-Measured on one thread with seed 0 (CD-l1): softmax 55.3, no_mixing 86.1."""
+"""For one core: 4,000 clouds are seen. Measured with seed 0 (CD-l1): softmax 60.2, no mixing 85.1; after 400
+steps 55.3 and 86.1."""
 
 SMALL = replace(
     pcc.SMALL,

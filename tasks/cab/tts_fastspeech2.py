@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from attnbench.impls.base import Attention
 from attnbench.impls.case import Workload
 from attnbench.impls.spec import Pattern
-from attnbench.tasks.base import BuildAttention, Preset, Session, Shape, Task
+from attnbench.tasks.base import BuildAttention, LearningCheck, Preset, Session, Shape, Task
 from attnbench.tasks.blocks import sinusoids
 from attnbench.tasks.cab._audio import frame_scores, resynthesised, spectral_scores
 from attnbench.tasks.cab._speech import Batch, Speech, generated, ljspeech
@@ -261,8 +261,8 @@ def _shape(preset: str, batch: int, heads: int, head_dim: int, frames: int) -> S
 
 TINY = FastSpeechPreset(
     shape=_shape("tiny", batch=16, heads=2, head_dim=32, frames=160),
-    recipe=Recipe(steps=300, lr=3e-3, warmup=30),
-    checks={},
+    recipe=Recipe(steps=400, lr=2e-3, warmup=40),
+    checks={Pattern.NS: LearningCheck(softmax=1.9, no_mixing=2.1)},
     speech=partial(generated, 256, 64, 24, 160, 40),
     layers=2,
     kernel=3,
@@ -272,7 +272,8 @@ TINY = FastSpeechPreset(
     gold_durations=True,
     eval_batch=32,
 )
-"""For one core; not yet measured, hence no learning check."""
+"""For one core. Measured with seed 0 (MCD): softmax 1.55, no mixing 2.35; at a learning rate of 3e-3 softmax
+learns no faster than no mixing."""
 
 SMALL = FastSpeechPreset(
     shape=_shape("small", batch=48, heads=2, head_dim=128, frames=560),

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from attnbench.impls.base import Attention
 from attnbench.impls.case import Workload
 from attnbench.impls.spec import Pattern
-from attnbench.tasks.base import BuildAttention, Corpus, Preset, Session, Shape, Task
+from attnbench.tasks.base import BuildAttention, Corpus, LearningCheck, Preset, Session, Shape, Task
 from attnbench.tasks.blocks import TokenModel
 from attnbench.tasks.data.pool import epochs, fingerprint
 from attnbench.tasks.trainer import Recipe
@@ -227,8 +227,9 @@ def arena_preset(
     ratio: int,
     eval_batch: int,
     dropout: float = 0.0,
+    check: LearningCheck | None = None,
 ) -> ArenaPreset:
-    """A preset without learning check, its shape derived from the problem: one token more than its length."""
+    """A preset, its shape derived from the problem: one token more than its length."""
     workload = Workload(
         name=f"{task}_{name}",
         batch=batch,
@@ -241,7 +242,7 @@ def arena_preset(
     return ArenaPreset(
         shape=Shape(workload, problem.length + 1, problem.length + 1),
         recipe=recipe,
-        checks={},
+        checks={Pattern.NS: check} if check else {},
         problem=problem,
         layers=layers,
         ratio=ratio,

@@ -13,6 +13,7 @@ import numpy as np
 
 from attnbench.errors import UsageError
 from attnbench.impls.spec import Pattern
+from attnbench.tasks.base import LearningCheck
 from attnbench.tasks.data.pool import Part, generator
 from attnbench.tasks.lra._session import ArenaTask, Data, Examples, arena_preset, synthetic
 from attnbench.tasks.trainer import Recipe
@@ -168,7 +169,10 @@ TINY = arena_preset(
     layers=2,
     ratio=2,
     eval_batch=250,
+    check=LearningCheck(softmax=0.3, no_mixing=0.2),
 )
+"""Tests mixing, hardly addressing. Measured with seed 0: softmax 0.373, uniform averaging 0.334, no mixing
+0.100, which is chance."""
 
 SMALL = arena_preset(
     "listops",

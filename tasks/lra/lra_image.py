@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from attnbench.errors import UsageError
 from attnbench.impls.spec import Pattern
-from attnbench.tasks.base import Corpus
+from attnbench.tasks.base import Corpus, LearningCheck
 from attnbench.tasks.data.pool import Part, generator
 from attnbench.tasks.lra._session import ArenaTask, Data, Examples, arena_preset, content
 from attnbench.tasks.trainer import Recipe
@@ -112,14 +112,16 @@ TINY = arena_preset(
     "lra_image",
     "tiny",
     Digits(),
-    Recipe(steps=600, lr=3e-3, warmup=60),
+    Recipe(steps=400, lr=3e-3, warmup=40),
     batch=32,
     heads=4,
     head_dim=16,
     layers=2,
     ratio=2,
     eval_batch=397,
+    check=LearningCheck(softmax=0.85, no_mixing=0.2),
 )
+"""Measured with seed 0: softmax 0.945, uniform averaging 0.504, no mixing 0.083, which is chance."""
 
 SMALL = arena_preset(
     "lra_image",

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from attnbench.impls.spec import Pattern
-from attnbench.tasks.base import Corpus
+from attnbench.tasks.base import Corpus, LearningCheck
 from attnbench.tasks.data.pool import Part, generator
 from attnbench.tasks.lra._packages import PACKAGES, VOCABULARY, windows
 from attnbench.tasks.lra._session import ArenaTask, Data, Examples, arena_preset, content
@@ -90,7 +90,10 @@ TINY = arena_preset(
     layers=2,
     ratio=2,
     eval_batch=250,
+    check=LearningCheck(softmax=0.28, no_mixing=0.2),
 )
+"""Tests mixing, not addressing. Measured with seed 0: softmax 0.360, uniform averaging 0.344, no mixing
+0.125, which is chance."""
 
 SMALL = arena_preset(
     "lra_text",
