@@ -71,7 +71,9 @@ def run(
     seqlen: Annotated[str, typer.Option(help="Lengths: 1024, 256,512 or 1024..65536 (powers of two).")] = "",
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; comma-separated.")] = "",
     direction: Annotated[str, typer.Option(help="fwd, fwd_bwd; comma-separated.")] = "",
-    preset: Annotated[str, typer.Option(help="tiny, small or paper.")] = "tiny",
+    preset: Annotated[
+        str, typer.Option(help="How large, and how long it is measured: tiny, small or paper.")
+    ] = "tiny",
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="A hyper-parameter: performer.num_features=64. Repeatable."),
@@ -382,12 +384,19 @@ def score(
     min_pool: Annotated[
         int, typer.Option(help="Fewest mechanisms whose spread may define an index.", min=2)
     ] = 6,
+    scales: Annotated[
+        Path | None, typer.Option(help="Frozen scales of the indices, a file of --freeze.")
+    ] = None,
+    freeze: Annotated[
+        Path | None, typer.Option(help="Keep the scales of the indices in this file, for later runs.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Say what scores mean together: benefit of attention, positions, indices, correlations, lengths."""
-    from attnbench.results import scoring
+    from attnbench.results import frozen, scoring
 
-    found = scoring.score(_rows(results), min_pool)
+    kept = None if scales is None else frozen.load(scales)
+    found = scoring.score(_rows(results), min_pool, kept)
     if as_json:
         typer.echo(json.dumps([dict(record) for t in found.tables for record in t.records], default=str))
     else:
@@ -398,6 +407,8 @@ def score(
     if out is not None:
         for path in scoring.write(found, out):
             typer.echo(f"wrote {path}")
+    if freeze is not None:
+        typer.echo(f"{scoring.freeze(found, freeze)} scales in {freeze}")
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""Figures for papers: time and memory against length, approximation error against time, scores of tasks.
+"""Figures for papers: time and memory against length, error against time, scores of tasks, and their dials.
 
 Built on matplotlib's object interface, so no window system and no global state is touched; matplotlib is
 imported when a figure is drawn. An impl looks the same in every panel and figure of one call.
@@ -9,18 +9,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
 
 from attnbench.errors import UsageError
+from attnbench.results import dials
 from attnbench.results import series as data
 from attnbench.results.aggregate import newest, summarise
+from attnbench.results.dial_figures import by_dial, dial_figure, dial_name
 from attnbench.results.files import atomically
 from attnbench.results.format import bytes_text, length, number, time_text
+from attnbench.results.palette import BLACK, COLOURS, GREY, MARKERS, NOTE
 from attnbench.results.report import BASELINE
 from attnbench.results.rows import Row
 from attnbench.results.schema import Status
 from attnbench.results.score_figures import score_figure, score_name
-from attnbench.results.seeds import Score, scores
+from attnbench.results.seeds import scores
 from attnbench.results.series import Panel, Point, Series
 
 if TYPE_CHECKING:
@@ -31,12 +34,7 @@ FORMATS: Final = ("pdf", "png", "svg")
 HIGHLIGHTED: Final = 12
 """Series drawn in colour beside the baseline; the others stay visible as thin grey lines."""
 
-COLOURS: Final = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#8C564B")
-"""Okabe and Ito's palette without black (the baseline) and yellow (too light on paper), and a brown."""
-
-MARKERS: Final = ("s", "^", "D", "v", "P", "X", "<", ">", "p", "h", "*")
 LINES: Final = ("-", (0, (4, 1.5)), (0, (1, 1)))
-BLACK, GREY, NOTE = "#1A1A1A", "#C4C4C4", "#6A6A6A"
 END_MARKS: Final = {Status.OOM: "x", Status.TIMEOUT: "1"}
 END_WORDS: Final = {Status.OOM: "out of memory", Status.TIMEOUT: "over the time limit"}
 
@@ -75,6 +73,9 @@ STYLE: Final[Any] = {  # Any: matplotlib's versions differ in the type of the ke
 }
 
 
+Drawn = TypeVar("Drawn")
+
+
 class Look(NamedTuple):
     """How a series is drawn, wherever it is drawn."""
 
@@ -100,17 +101,18 @@ def draw(
     summaries, _ = newest(summarise(rows))
     times, memory = data.scaling(summaries), data.scaling(summaries, "mem_peak_bytes")
     errors = data.fidelity(summaries)
-    looks = looks_of([*times, *memory, *errors], baseline)
+    looks, tables = looks_of([*times, *memory, *errors], baseline), scores(summaries)
     figures = [
         *((f.name, scaling_figure(f, looks)) for f in times),
         *((f.name, scaling_figure(f, looks, "mem_peak_bytes")) for f in memory),
         *((f.name, fidelity_figure(f, looks)) for f in errors),
-        *((score_name(table), _styled(score_figure, table)) for table in scores(summaries)),
+        *((score_name(table), _styled(score_figure, table)) for table in tables),
+        *((dial_name(group), _styled(dial_figure, group)) for group in by_dial(dials.curves(tables))),
     ]
     return [save(figure, Path(folder) / f"{name}.{kind}") for name, figure in figures for kind in formats]
 
 
-def _styled(make: Callable[[Sequence[Score]], Figure], found: Sequence[Score]) -> Figure:
+def _styled(make: Callable[[Sequence[Drawn]], Figure], found: Sequence[Drawn]) -> Figure:
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):

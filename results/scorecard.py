@@ -13,6 +13,7 @@ from typing import Final, cast
 
 from attnbench.results import correlation, stats
 from attnbench.results.correlation import Correlation
+from attnbench.results.frozen import Fingerprints, Frozen, FrozenScales
 from attnbench.results.schema import Status
 from attnbench.results.scores import (
     MIN_POOL,
@@ -80,7 +81,8 @@ class Placed:
 class Scorecard:
     """All that is said of one device, preset and software.
 
-    ``indices`` and their ``constants`` are by suite; ``by_pattern`` and ``by_task`` correlate them.
+    ``indices``, their ``constants`` and the ``data`` of the tasks are by suite; ``by_pattern`` and
+    ``by_task`` correlate the indices.
     """
 
     device: str
@@ -90,39 +92,50 @@ class Scorecard:
     placed: tuple[Placed, ...]
     constants: Mapping[str, Constants]
     indices: Mapping[str, tuple[Index, ...]]
+    data: Mapping[str, Fingerprints]
     by_pattern: Mapping[tuple[str, str], Correlation]
     by_task: Mapping[tuple[str, str], Correlation]
+
+    def frozen(self) -> list[Frozen]:
+        """The scales of the indices, to be kept in a file."""
+        return [
+            Frozen(self.preset, suite, constants, self.data[suite])
+            for suite, constants in self.constants.items()
+            if constants.scales
+        ]
 
 
 def scorecards(
     tables: Iterable[Sequence[Score]],
-    constants: Mapping[str, Constants] | None = None,
+    frozen: FrozenScales | None = None,
     min_pool: int = MIN_POOL,
 ) -> list[Scorecard]:
     """One card for each device, preset and software among ``tables``.
 
-    ``tables`` are those of :func:`attnbench.results.seeds.scores`. ``constants`` are frozen scales by suite;
-    a suite without them gets scales cut from the mechanisms at hand, and named after them.
+    ``tables`` are those of :func:`attnbench.results.seeds.scores`. A suite without ``frozen`` scales
+    for its preset gets scales cut from the mechanisms at hand, and named after them.
     """
     groups: dict[tuple[str, str, str], list[Sequence[Score]]] = {}
     for table in tables:
         groups.setdefault((table[0].device, table[0].preset, table[0].software_key), []).append(table)
-    return [_card(key, groups[key], constants or {}, min_pool) for key in sorted(groups)]
+    return [_card(key, groups[key], frozen or {}, min_pool) for key in sorted(groups)]
 
 
 def _card(
     key: tuple[str, str, str],
     tables: Sequence[Sequence[Score]],
-    frozen: Mapping[str, Constants],
+    frozen: FrozenScales,
     min_pool: int,
 ) -> Scorecard:
     verdicts = [judge(table) for table in tables]
     placed = [p for table, verdict in zip(tables, verdicts, strict=True) for p in place(table, verdict)]
     suites = dict.fromkeys(v.suite for v in verdicts)
-    scales, indices = {}, {}
+    scales, indices, data = {}, {}, {}
     for suite in suites:
         mine = [(t, v) for t, v in zip(tables, verdicts, strict=True) if v.suite == suite]
-        scales[suite] = frozen.get(suite) or _cut(suite, key, mine, min_pool)
+        kept = frozen.get((key[1], suite))
+        scales[suite] = kept.on(_data(mine)) if kept else _cut(suite, key, mine, min_pool)
+        data[suite] = _data(mine)
         raw = [_raw(s) for table, v in mine for s in table if s.value is not None and not _duplicate(s, v)]
         indices[suite] = tuple(compositional_index(raw, scales[suite]))
     everything = [index for found in indices.values() for index in found if index.mechanism != NO_MIXING]
@@ -132,9 +145,18 @@ def _card(
         placed=tuple(placed),
         constants=scales,
         indices=indices,
+        data=data,
         by_pattern=correlation.matrix(_patterns(indices)),
         by_task=correlation.matrix(correlation.by_task(everything)),
     )
+
+
+def _data(mine: Iterable[tuple[Sequence[Score], Verdict]]) -> dict[str, list[str]]:
+    found: dict[str, set[str]] = {}
+    for table, verdict in mine:
+        for score in table:
+            found.setdefault(verdict.task, set()).update(text for _, text in score.fingerprints if text)
+    return {task: sorted(texts) for task, texts in found.items()}
 
 
 def _patterns(indices: Mapping[str, Sequence[Index]]) -> dict[str, dict[str, float]]:

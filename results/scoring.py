@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from attnbench.errors import UsageError
-from attnbench.results import dials, score_report
+from attnbench.results import dials, frozen, score_report
 from attnbench.results.aggregate import newest, summarise
 from attnbench.results.lengths import efficiency_lengths, length_tables
 from attnbench.results.rows import Row
@@ -26,11 +26,14 @@ class Scored:
     notes: tuple[str, ...]
 
 
-def score(rows: Iterable[Row], min_pool: int = MIN_POOL) -> Scored:
-    """Everything that can be said of ``rows``, of each case the newest version only."""
+def score(rows: Iterable[Row], min_pool: int = MIN_POOL, scales: frozen.FrozenScales | None = None) -> Scored:
+    """Everything that can be said of ``rows``, of each case the newest version only.
+
+    ``scales`` are frozen ones, for the suites and presets that they are for.
+    """
     current, older = newest(summarise(rows))
     found = scores(current)
-    cards = scorecards(found, min_pool=min_pool)
+    cards = scorecards(found, scales, min_pool)
     lengths = efficiency_lengths(current)
     notes = [
         f"{table[0].task} {table[0].pattern}: seeds {', '.join(map(str, seeds))} were run on different data; "
@@ -38,6 +41,8 @@ def score(rows: Iterable[Row], min_pool: int = MIN_POOL) -> Scored:
         for table in found
         if (seeds := mixed_data(table))
     ]
+    unused = set(scales or {}) - {(card.preset, suite) for card in cards for suite in card.constants}
+    notes += [f"frozen scales for {suite} {preset}: nothing here to use them on" for preset, suite in unused]
     if older:
         notes.append(f"older summaries of the same cases left out: {len(older)}")
     if not found:
@@ -65,3 +70,14 @@ def write(found: Scored, out: Path) -> list[Path]:
     except OSError as error:
         raise UsageError(f"{out} cannot be written: {error.strerror}; choose another --out") from None
     return paths
+
+
+def freeze(found: Scored, path: Path) -> int:
+    """Keep the scales of the indices in ``path``; returns how many. Raises UsageError without any."""
+    scales = [one for card in found.cards for one in card.frozen()]
+    if not scales:
+        raise UsageError(
+            "observed no scale of an index, expected tasks that measure attention, each run with as many "
+            "mechanisms as --min-pool says"
+        )
+    return frozen.save(scales, path)

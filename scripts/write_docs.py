@@ -12,12 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from attnbench.impls.spec import Spec
+from attnbench.results.flags import FLAG_MEANING
 from attnbench.results.schema import COLUMNS, GROUPS, STATUS_MEANING, Column
 from attnbench.tasks.base import Task
 
 ROOT = Path(__file__).resolve().parent.parent
 INTRO = """\
-<!-- Written by scripts/write_docs.py from results/schema.py: edit there. -->
+<!-- Written by scripts/write_docs.py from results/schema.py and flags.py: edit there. -->
 # Metrics: every column of a result
 
 One row is one planned case in one block (a fresh process). Columns marked **ok only** are filled only where
@@ -29,10 +30,21 @@ the status is `ok`: a case that failed never carries a time. Nothing is imputed:
 |---|---|
 """
 
+FLAGS = """
+## Flags
+
+A flag does not change a number, it says what makes it less certain. A row stores each as
+`name: observed …, limit …`.
+
+| flag | meaning |
+|---|---|
+"""
+
 
 def metrics() -> str:
-    """The text of docs/metrics.md: the statuses, then every column by group."""
+    """The text of docs/metrics.md: the statuses and flags, then every column by group."""
     text = INTRO + "".join(f"| `{status}` | {meaning} |\n" for status, meaning in STATUS_MEANING.items())
+    text += FLAGS + "".join(f"| `{flag}` | {meaning} |\n" for flag, meaning in FLAG_MEANING.items())
     for group, title in GROUPS.items():
         text += f"\n## {title}\n\n| column | type | unit | meaning |\n|---|---|---|---|\n"
         text += "".join(_line(column) for column in COLUMNS if column.group == group)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from attnbench.results.flags import FLAG_MEANING
 from attnbench.results.schema import COLUMNS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -16,6 +17,16 @@ def test_every_column_has_its_entry_in_metrics() -> None:
     text = (ROOT / "docs/metrics.md").read_text()
     missing = [column.name for column in COLUMNS if f"| `{column.name}` |" not in text]
     assert missing == []
+
+
+def test_every_flag_that_the_code_raises_has_a_meaning() -> None:
+    source = "".join(
+        path.read_text() for folder in ("harness", "tasks") for path in (ROOT / folder).rglob("*.py")
+    )
+    raised = {*re.findall(r'Flag\(\s*"(\w+)"', source), *re.findall(r'"(\w+): observed [^"]*, limit', source)}
+    assert len(raised) > 20
+    assert raised - FLAG_MEANING.keys() == set()
+    assert list(FLAG_MEANING) == sorted(FLAG_MEANING)
 
 
 def test_derived_pages_are_up_to_date() -> None:

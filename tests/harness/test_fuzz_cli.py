@@ -152,6 +152,7 @@ def _infrastructure() -> type[Exception]:
 @given(number=WORDS, fail_on=WORDS)
 def test_score_and_compare_of_results(results, number, fail_on):
     invoke("score", str(results), "--min-pool", number)
+    invoke("score", str(results), "--scales", number)
     invoke("compare", str(results), str(results), "--fail-on", fail_on, codes=(0, 2, 3))
     invoke("compare", str(results), str(results), "--calibration", number)
     invoke("compare", str(results), str(results), "--pairs", number, codes=(0, 2, 3))

@@ -4,12 +4,15 @@ import json
 
 import pyarrow.parquet as pq
 import pytest
+from typer.testing import CliRunner
 
+from attnbench.cli import app
 from attnbench.errors import UsageError
-from attnbench.results import dials, score_report, scoring
+from attnbench.results import dials, frozen, score_report, scoring
 from attnbench.results.aggregate import summarise
 from attnbench.results.scorecard import judge, place, scorecards
 from attnbench.results.seeds import scores
+from attnbench.results.store import write_parquet
 
 SOFTMAX, NO_MIXING = [1.0, 1.1, 1.2], [9.0, 9.1, 9.2]
 
@@ -138,12 +141,12 @@ def test_positions_are_between_no_mixing_and_softmax(sane, task_rows):
     assert placed["softmax/torch"].verdict == "learns"
 
 
-def pool(task_rows, task, offset=0.0):
+def pool(task_rows, task, offset=0.0, **columns):
     names = ["performer", "abc", "lara", "cosformer", "linformer"]
     return [
         row
         for i, name in enumerate(names)
-        for row in task_rows(f"{name}/torch", [2 + i + offset, 2.1 + i, 2.2 + i], task=task)
+        for row in task_rows(f"{name}/torch", [2 + i + offset, 2.1 + i, 2.2 + i], task, **columns)
     ]
 
 
@@ -187,6 +190,96 @@ def test_tasks_are_correlated_over_common_mechanisms(task_rows, sane):
     cell = card.by_task["CS:lm", "CS:mlm"]
     assert cell.n == 6
     assert cell.pearson == pytest.approx(1.0, abs=1e-3)
+
+
+# ---- frozen scales -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def frozen_file(sane, task_rows, tmp_path):
+    path = tmp_path / "pool-1.json"
+    assert scoring.freeze(scoring.score([*sane, *pool(task_rows, "lm")]), path) == 1
+    return path
+
+
+def test_frozen_scales_do_not_move_when_a_mechanism_joins(frozen_file, sane, task_rows):
+    rows = [*sane, *pool(task_rows, "lm"), *task_rows("newcomer/torch", [50.0, 51.0, 52.0])]
+    old, free, kept = (
+        {i.mechanism: i.value for i in card.indices["cab"] if i.task == "lm"}
+        for card in (
+            scorecards(tables(rows[: -len(SOFTMAX)]))[0],
+            scorecards(tables(rows))[0],
+            scorecards(tables(rows), frozen.load(frozen_file))[0],
+        )
+    )
+    assert kept.pop("newcomer/torch") < min(old.values())
+    assert kept == pytest.approx(old)
+    assert free["abc/torch"] != pytest.approx(old["abc/torch"])
+
+
+def test_an_index_on_frozen_scales_names_their_file(frozen_file, sane):
+    (card,) = scorecards(tables(sane), frozen.load(frozen_file))
+    assert {i.constants for i in card.indices["cab"]} == {"pool-1: cab tiny on cpu, 6 mechanisms"}
+
+
+def test_scores_on_other_data_are_not_put_on_frozen_scales(frozen_file, sane, task_rows):
+    rows = [{**row, "data_fingerprint": "another"} for row in [*sane, *pool(task_rows, "lm")]]
+    (card,) = scorecards(tables(rows), frozen.load(frozen_file))
+    assert card.indices["cab"] == ()
+    assert list(card.constants["cab"].left_out.values()) == ["run on other data than the scale was cut on"]
+
+
+def test_frozen_scales_without_use_are_named(frozen_file, sane):
+    rows = [{**row, "preset": "small"} for row in sane]
+    found = scoring.score(rows, scales=frozen.load(frozen_file))
+    assert "frozen scales for cab tiny: nothing here to use them on" in found.notes
+
+
+def test_two_devices_cannot_share_a_file_of_scales(sane, task_rows, tmp_path):
+    there = {"device": "NVIDIA H100"}
+    both = [
+        *sane,
+        *pool(task_rows, "lm"),
+        *task_rows("softmax/torch", SOFTMAX, **there),
+        *task_rows("no_mixing/torch", NO_MIXING, **there),
+        *pool(task_rows, "lm", **there),
+    ]
+    with pytest.raises(UsageError, match="two pools for cab tiny"):
+        scoring.freeze(scoring.score(both), tmp_path / "pool.json")
+    assert not (tmp_path / "pool.json").exists()
+
+
+def test_nothing_to_freeze_is_an_error(sane, tmp_path):
+    with pytest.raises(UsageError, match="no scale of an index"):
+        scoring.freeze(scoring.score(sane), tmp_path / "pool.json")
+
+
+def test_scales_are_frozen_and_used_from_the_command_line(sane, task_rows, tmp_path):
+    write_parquet([*sane, *pool(task_rows, "lm")], tmp_path / "rows.parquet")
+    file, rows = str(tmp_path / "pool-1.json"), str(tmp_path / "rows.parquet")
+    done = CliRunner().invoke(app, ["score", rows, "--freeze", file])
+    assert (done.exit_code, f"1 scales in {file}" in done.output.replace("\n", "")) == (0, True)
+    done = CliRunner().invoke(app, ["score", rows, "--scales", file])
+    assert "pool-1: cab tiny on cpu, 6 mechanisms" in " ".join(done.output.split())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"format": 2, "sets": []}', '{"format": 1, "sets": [{"name": "x"}]}'],
+)
+def test_a_file_that_holds_no_scales_is_refused(text, tmp_path):
+    path = tmp_path / "pool.json"
+    path.write_text(text)
+    with pytest.raises(UsageError, match="observed no scales"):
+        frozen.load(path)
+
+
+def test_a_scale_of_no_width_is_refused(frozen_file):
+    content = json.loads(frozen_file.read_text())
+    content["sets"][0]["scales"][0]["sigma"] = 0.0
+    frozen_file.write_text(json.dumps(content))
+    with pytest.raises(UsageError, match="sigma 0"):
+        frozen.load(frozen_file)
 
 
 # ---- dials ---------------------------------------------------------------------------------------------
