@@ -128,7 +128,7 @@ def _score_cell(name: str, record: Record) -> str:
     if cell["value"] is None:
         return str(cell["status"])
     half = "" if cell["lo"] is None else f" ± {(cell['hi'] - cell['lo']) / 2:.2g}"
-    position = "" if cell["position"] is None else f" ({cell['position']:.2f})"
+    position = "" if cell["position"] is None else f" ({round(cell['position'], 2) + 0.0:.2f})"
     return f"{cell['value']:.4g}{half}{position}"
 
 

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 
 from attnbench.impls.spec import Spec
+from attnbench.results import schema, scoring
 from attnbench.results.flags import FLAG_MEANING
-from attnbench.results.schema import COLUMNS, GROUPS, STATUS_MEANING, Column
+from attnbench.results.read import rows
+from attnbench.results.rows import Row
+from attnbench.results.schema import COLUMNS, GROUPS, STATUS_MEANING
+from attnbench.results.table import Column, Table, table, to_markdown
 from attnbench.tasks.base import Task
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,7 +57,7 @@ def metrics() -> str:
     return text
 
 
-def _line(column: Column) -> str:
+def _line(column: schema.Column) -> str:
     ok_only = " **ok only**" if column.performance else ""
     return f"| `{column.name}` | {column.type} | {column.unit or '–'} | {column.doc}{ok_only} |\n"
 
@@ -230,12 +236,67 @@ def _task_section(task: Task) -> str:
     return text
 
 
+SCORES_INTRO = """\
+<!-- Written by scripts/write_docs.py from results/published: add results there. -->
+# Scores of the tasks
+
+What `attnbench score results/published` says of the tasks that were trained so far. The words are explained
+in [how it is measured](method.md#tasks), the tasks in [tasks](tasks.md). Every cell rests on all seeds that
+were planned: with a seed that failed it shows the status instead.
+
+"""
+
+
+def scores() -> str:
+    """The text of docs/scores.md: the tables of ``attnbench score`` on what is published, and the times."""
+    published = ROOT / "results" / "published"
+    found = rows([published]) if any(published.rglob("*.parquet")) else []
+    trained = [row for row in found if row["scope"] == "task"]
+    if not trained:
+        return SCORES_INTRO + "Nothing is published yet.\n"
+    said = scoring.score(trained)
+    tables = [t for t in said.tables if t.rows]
+    return SCORES_INTRO + to_markdown([*tables, _cost(trained)])
+
+
+def _cost(trained: Sequence[Row]) -> Table:
+    """Median wall times of one training and one case, evaluation and start of the model included."""
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in trained:
+        if row["status"] == "ok":
+            where = tuple(str(row[name]) for name in ("device", "preset", "task", "pattern"))
+            groups.setdefault(where, []).append(row)
+    records = [
+        {
+            **dict(zip(("device", "preset", "task", "pattern"), where, strict=True)),
+            "runs": len(group),
+            "steps": group[0]["steps"],
+            "train_s": statistics.median(row["train_s"] for row in group),
+            "duration_s": statistics.median(row["duration_s"] for row in group),
+            "longest_s": max(row["duration_s"] for row in group),
+        }
+        for where, group in sorted(groups.items())
+    ]
+    texts = [
+        Column(name, itemgetter(name), numeric=False) for name in ("device", "preset", "task", "pattern")
+    ]
+    numbers = [
+        Column("runs", lambda r: str(r["runs"])),
+        Column("steps", lambda r: str(r["steps"])),
+        Column("training, median (s)", lambda r: f"{r['train_s']:.1f}"),
+        Column("case, median (s)", lambda r: f"{r['duration_s']:.1f}"),
+        Column("case, longest (s)", lambda r: f"{r['longest_s']:.1f}"),
+    ]
+    return table("Wall times", [*texts, *numbers], records)
+
+
 PAGES = {
     "docs/metrics.md": metrics,
     "docs/mechanisms.md": mechanisms,
     "docs/kernels.md": kernels,
     "docs/flops.md": flops,
     "docs/tasks.md": tasks,
+    "docs/scores.md": scores,
 }
 
 
