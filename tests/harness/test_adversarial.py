@@ -54,6 +54,9 @@ FLAGGED = {
 """Flags that a row must have at least, for those whose numbers stand, with a warning."""
 
 HARMLESS = ("BuildsAMask", "ForksAndGoesOn", "Honest", "HonestToo")
+MAY_CARRY = {"ForksAndGoesOn": {"leaked_processes"}}
+"""Its child computes for as long as it does itself: either may be the first to end."""
+
 EVERY = (*EXPECTED, *FLAGGED, *HARMLESS)
 OURS = {"outside_allocator", "changed_settings", "random_state", "leaked_processes", "hidden_saved"}
 """Flags that do not depend on who else uses the machine."""
@@ -129,7 +132,7 @@ def test_an_attack_that_changes_no_number_is_flagged(row: dict[str, Any], flags:
 @pytest.mark.parametrize("row", HARMLESS, indirect=True)
 def test_what_is_honest_carries_no_flag_of_an_attack(row: dict[str, Any]) -> None:
     assert row["status"] == "ok", row["reason"]
-    assert not _flags(row) & OURS
+    assert _flags(row) & OURS <= MAY_CARRY.get(_name(row), set())
 
 
 @SWEEP
