@@ -236,8 +236,8 @@ TINY = SumPreset(
 )
 """For one core: 9,600 pairs are seen, about 10 s.
 
-Measured on one thread with seed 0, CC (ROUGE-1): softmax 97.1 after 500 steps, of which the loss needed 200
-to fall below 0.02."""
+Measured on one thread with seeds 0, 1, 2, CC (ROUGE-1): softmax 96.4, 96.4, 95.0; uniform 28.4, 29.4, 28.9;
+no_mixing 9.5."""
 
 SMALL = SumPreset(
     shape=_shape("small", batch=128, heads=8, head_dim=32, source=Leads.source, target=Leads.target),

@@ -75,8 +75,8 @@ TINY = RecallPreset(
     ratio=2,
     eval_batch=128,
 )
-"""Measured on one thread with seed 0 (accuracy): softmax 0.89 after 250 steps, with the loss still falling;
-chance is 1/8 at best. Asked once a sequence, softmax learns nothing in 500 steps."""
+"""Measured on one thread with seeds 0, 1, 2 (accuracy): softmax 0.986, 0.983, 0.987; no_mixing 0.03; uniform
+0.08, chance being 1/8 at best. Asked once a sequence, softmax learns nothing in 500 steps."""
 
 _SMALL = Induction(length=256, vocabulary=16)
 SMALL = RecallPreset(
