@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from importlib import import_module
 
 import numpy as np
 import pytest
@@ -287,11 +286,3 @@ def test_large_presets_build_and_run_on_meta(task, name):
 
 def _meta_shape(preset):
     return (1, 2, preset.problem.length) if preset.problem.pairs else (1, preset.problem.length)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("task", [task for task, module in MODULES.items() if module.TINY.checks])
-def test_tiny_learns_with_softmax_and_does_not_without_mixing(task):
-    check = import_module(f"attnbench.tasks.lra.{task}").TINY.checks[Pattern.NS]
-    scores = {name: run_task(task, name, seed=0)["metric_value"] for name in ("softmax", "no_mixing")}
-    assert check.problems("higher", **scores) == []
