@@ -287,8 +287,8 @@ class Attention(nn.Module):
 class MaskAttention(Attention):
     """Softmax attention over a subset of the keys, given as options of :func:`attnbench.kernels.flash`.
 
-    ``mask_options`` and ``visible`` are called with ``grid`` and the mechanism's inputs as keywords where
-    there are any: a mechanism on a plain sequence without inputs takes (n, m, device) alone.
+    ``mask_options`` and ``visible`` are called with the mechanism's inputs as keywords where there are any,
+    and with ``grid`` where it reads one: one on a plain sequence without inputs takes (n, m, device) alone.
     """
 
     def mask_options(self, n: int, m: int, device: torch.device) -> Mapping[str, Any]:
@@ -313,7 +313,7 @@ class MaskAttention(Attention):
         **inputs: Any,
     ) -> Tensor:
         """Softmax attention over the visible keys; a row without one is 0."""
-        at = {**({} if grid is None else {"grid": grid}), **inputs}
+        at = {**({"grid": grid} if self.spec.on_grid and grid is not None else {}), **inputs}
         options_of: Callable[..., Mapping[str, Any]] = self.mask_options
         options = options_of(q.shape[2], k.shape[2], q.device, **at)
         o, _ = flash(

@@ -94,10 +94,10 @@ class Instance:
             torch.manual_seed(0)
         main, keywords = self.split(given)
         if self.face == "forward":
-            return self.module(*main, **keywords, **options)
+            return self.module(*main, **(keywords | options))
         q, k, v = main
         keys, values = self.module.grouped(k, v)
-        return self.module.attend(q, keys, values, **keywords, **options)
+        return self.module.attend(q, keys, values, **(keywords | options))
 
     def completed(self, inputs: Sequence[Tensor]) -> Inputs:
         """``inputs``, by default the instance's own, with its own extra inputs where they are missing."""

@@ -8,6 +8,7 @@ from torch import Tensor
 from attnbench.harness.contract.instance import Face, Instance, Shape
 from attnbench.harness.contract.outcome import CheckFailed, NotApplicable
 from attnbench.harness.contract.probe import Probe, Size, same
+from attnbench.impls.case import fold
 from attnbench.kernels.backends import available
 
 HARD_SCALE = 30.0
@@ -107,6 +108,17 @@ def strided_inputs(probe: Probe) -> None:
     same(instance(*strided), instance(), "output on strided inputs")
 
 
+def ignores_a_grid(probe: Probe) -> NotApplicable | None:
+    """A mechanism on plain sequences takes the grid that its tokens lie on, and makes nothing of it."""
+    if probe.spec.on_grid:
+        return NotApplicable(f"Spec.grid_ranks {probe.spec.grid_ranks}")
+    n, m = probe.sizes()[-1]
+    for face in _faces(probe):
+        instance = probe.build(Shape(n, m), face=face)
+        same(instance(grid=fold(n, 2, (2,))), instance(), f"{face} with a grid")
+    return None
+
+
 def inputs_not_mutated(probe: Probe) -> None:
     """The call leaves its inputs as they were."""
     n, m = probe.sizes()[1]
@@ -134,5 +146,6 @@ CHECKS = (
     half_precision,
     finite_on_hard_inputs,
     strided_inputs,
+    ignores_a_grid,
     inputs_not_mutated,
 )

@@ -206,6 +206,14 @@ class NeedsUnitStride(Toy):
         return super().scores(q if q.stride(-1) == 1 else q.roll(1, -1), k)
 
 
+class TripsOverAGrid(Toy):
+    spec = toy_spec()
+
+    def attend(self, q, k, v, *, grid=None, key_padding_mask=None, **inputs):
+        o = super().attend(q, k, v, key_padding_mask=key_padding_mask, **inputs)
+        return o if grid is None else o.unflatten(2, grid).transpose(2, 3).flatten(2, 3)
+
+
 class MutatesKeys(Toy):
     spec = toy_spec()
 
@@ -419,6 +427,7 @@ ZOO = [
     (FloatFromHalf, "NC", "reference", {"half_precision"}),
     (ValueAsWideAsKey, "NC", "reference", {"other_widths"}),
     (NeedsUnitStride, "NC", "reference", {"strided_inputs"}),
+    (TripsOverAGrid, "NC", "reference", {"ignores_a_grid"}),
     (MutatesKeys, "NC", "reference", {"inputs_not_mutated"}),
     (InfiniteSlopeAtZero, "NC", "reference", {"finite_gradients"}),
     (WrongGradient, "NC", "reference", {"gradcheck"}),
