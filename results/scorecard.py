@@ -82,7 +82,7 @@ class Scorecard:
     """All that is said of one device, preset and software.
 
     ``indices``, their ``constants`` and the ``data`` of the tasks are by suite; ``by_pattern`` and
-    ``by_task`` correlate the indices.
+    ``by_task`` correlate the indices, without the controls: bad everywhere, they would make all tasks alike.
     """
 
     device: str
@@ -138,7 +138,9 @@ def _card(
         data[suite] = _data(mine)
         raw = [_raw(s) for table, v in mine for s in table if s.value is not None and not _duplicate(s, v)]
         indices[suite] = tuple(compositional_index(raw, scales[suite]))
-    everything = [index for found in indices.values() for index in found if index.mechanism != NO_MIXING]
+    controls = {score.label for table in tables for score in table if score.control}
+    judged = {suite: [i for i in found if i.mechanism not in controls] for suite, found in indices.items()}
+    everything = [index for found in judged.values() for index in found]
     return Scorecard(
         *key,
         verdicts=tuple(verdicts),
@@ -146,7 +148,7 @@ def _card(
         constants=scales,
         indices=indices,
         data=data,
-        by_pattern=correlation.matrix(_patterns(indices)),
+        by_pattern=correlation.matrix(_patterns(judged)),
         by_task=correlation.matrix(correlation.by_task(everything)),
     )
 

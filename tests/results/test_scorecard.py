@@ -189,6 +189,8 @@ def test_tasks_are_correlated_over_common_mechanisms(task_rows, sane):
     (card,) = scorecards(tables([*sane, *pool(task_rows, "lm"), *other]))
     cell = card.by_task["CS:lm", "CS:mlm"]
     assert cell.n == 6
+    pattern = card.by_pattern["cab:CS", "cab:CS"]
+    assert pattern.n == 6  # without the controls
     assert cell.pearson == pytest.approx(1.0, abs=1e-3)
 
 
