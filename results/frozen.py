@@ -7,6 +7,7 @@ of old mechanisms stay, and every index names the file.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -102,6 +103,6 @@ def _from_json(one: Mapping[str, Any]) -> Frozen:
 
 def _scale(given: Mapping[str, Any]) -> MetricScale:
     mu, sigma = float(given["mu"]), float(given["sigma"])
-    if not sigma > 0 or mu != mu or given["better"] not in ("higher", "lower"):
+    if not (sigma > 0 and math.isfinite(mu)) or given["better"] not in ("higher", "lower"):
         raise ValueError(f"a scale with sigma {sigma}, mu {mu}, better {given['better']!r}")
     return MetricScale(Metric(**given["metric"]), given["better"], mu, sigma, bool(given["log"]))

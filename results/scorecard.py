@@ -134,8 +134,8 @@ def _card(
     for suite in suites:
         mine = [(t, v) for t, v in zip(tables, verdicts, strict=True) if v.suite == suite]
         kept = frozen.get((key[1], suite))
-        scales[suite] = kept.on(_data(mine)) if kept else _cut(suite, key, mine, min_pool)
         data[suite] = _data(mine)
+        scales[suite] = kept.on(data[suite]) if kept else _cut(suite, key, mine, min_pool)
         raw = [_raw(s) for table, v in mine for s in table if s.value is not None and not _duplicate(s, v)]
         indices[suite] = tuple(compositional_index(raw, scales[suite]))
     controls = {score.label for table in tables for score in table if score.control}

@@ -259,16 +259,19 @@ def scores() -> str:
     return SCORES_INTRO + to_markdown([*tables, _cost(trained)])
 
 
+PLACE = ("device", "preset", "task", "pattern")
+
+
 def _cost(trained: Sequence[Row]) -> Table:
     """Median wall times of one training and one case, evaluation and start of the model included."""
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in trained:
         if row["status"] == "ok":
-            where = tuple(str(row[name]) for name in ("device", "preset", "task", "pattern"))
+            where = tuple(str(row[name]) for name in PLACE)
             groups.setdefault(where, []).append(row)
     records = [
         {
-            **dict(zip(("device", "preset", "task", "pattern"), where, strict=True)),
+            **dict(zip(PLACE, where, strict=True)),
             "runs": len(group),
             "steps": group[0]["steps"],
             "train_s": statistics.median(row["train_s"] for row in group),
@@ -277,9 +280,7 @@ def _cost(trained: Sequence[Row]) -> Table:
         }
         for where, group in sorted(groups.items())
     ]
-    texts = [
-        Column(name, itemgetter(name), numeric=False) for name in ("device", "preset", "task", "pattern")
-    ]
+    texts = [Column(name, itemgetter(name), numeric=False) for name in PLACE]
     numbers = [
         Column("runs", lambda r: str(r["runs"])),
         Column("steps", lambda r: str(r["steps"])),

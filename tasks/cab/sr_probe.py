@@ -178,8 +178,8 @@ TINY = MosaicPreset(
     layers=1,
 )
 """For one core: 12,800 mosaics are seen. Measured with seeds 0, 1 and 2: 44.9, 43.2 and 45.8 dB with softmax;
-with seed 0: 12.9 dB without mixing, 14.7 dB with linear attention. Without the network before attention, or
-with a norm after it, softmax stays below 19 dB."""
+with seed 0: 12.9 dB without mixing, 14.7 dB with linear attention. At a rate of 4e-3 softmax has 16.6 dB
+after 800 steps; with a norm before the head 1,000 steps at 4e-3 gave 18.2 dB, at 1e-2 15.9 dB."""
 
 SMALL = MosaicPreset(
     shape=_shape("small", batch=32, width=64, side=8),

@@ -272,8 +272,8 @@ TINY = FastSpeechPreset(
     gold_durations=True,
     eval_batch=32,
 )
-"""For one core. Measured with seed 0 (MCD): softmax 1.55, no mixing 2.35; at a learning rate of 3e-3 softmax
-learns no faster than no mixing."""
+"""For one core. Measured with seed 0 (MCD): softmax 1.55, no mixing 2.35; 200 steps at a rate
+of 3e-3 gave 2.99 and 2.83."""
 
 SMALL = FastSpeechPreset(
     shape=_shape("small", batch=48, heads=2, head_dim=128, frames=560),
