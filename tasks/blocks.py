@@ -100,12 +100,15 @@ class DecoderBlock(nn.Module):
         return x
 
 
-def sinusoids(length: int, width: int, device: torch.device | str | None = None) -> Tensor:
+def sinusoids(
+    length: int, width: int, device: torch.device | str | None = None, *, rate: float = 1.0
+) -> Tensor:
     """Position table (length, width), width even: sines, then cosines, wavelengths from 2π to 2π·10⁴.
 
-    Attention Is All You Need (arXiv 1706.03762), the halves side by side instead of interleaved.
+    Attention Is All You Need (arXiv 1706.03762), the halves side by side instead of interleaved. Positions
+    are ``rate`` apart, as in Deep Voice 3 (arXiv 1710.07654).
     """
-    position = torch.arange(length, device=device, dtype=torch.float32)[:, None]
+    position = rate * torch.arange(length, device=device, dtype=torch.float32)[:, None]
     exponent = torch.arange(width // 2, device=device, dtype=torch.float32) / max(1, width // 2 - 1)
     angle = position * 10_000.0**-exponent
     return torch.cat((angle.sin(), angle.cos()), -1)

@@ -149,7 +149,8 @@ def test_predicted_durations_and_the_vocoder_are_scored_along_the_best_path():
 
 def slow_session(pattern=Pattern.CC, **changes):
     shape = replace(tts_transformer.TINY.shape, workload=workload("tts_transformer", "tiny"), n=12, m=7)
-    preset = replace(tts_transformer.TINY, shape=shape, speech=SPEECH, free=2, prenet_dropout=0.0, **changes)
+    changes = {"frames_per_step": 4, "free": 2, "prenet_dropout": 0.0} | changes
+    preset = replace(tts_transformer.TINY, shape=shape, speech=SPEECH, **changes)
     return tts_transformer.TransformerSession(preset, pattern, "cpu")
 
 
@@ -172,6 +173,14 @@ def test_frames_depend_on_the_frames_before_them_only():
         )
     assert torch.equal(one[:, :24], other[:, :24])
     assert not torch.allclose(one[:, 24:], other[:, 24:])
+
+
+def test_steps_are_a_rate_of_phones_apart():
+    model = slow_session(step_rate=2.0).model(seeded("CC")).eval()
+    silence = torch.zeros(1, 4, 64)
+    phones, steps = (model._placed(silence, side)[0] for side in range(2))
+    assert torch.equal(steps[1], phones[2])
+    assert not torch.equal(steps[1], phones[1])
 
 
 def test_only_cross_attention_brings_the_phones_to_the_frames():
