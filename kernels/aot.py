@@ -11,12 +11,11 @@ import argparse
 import importlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from io import StringIO
 from typing import Any, NamedTuple
 
 import torch
@@ -134,8 +133,9 @@ def compile_ops(ops: Iterable[str] = OPS, capabilities: Iterable[int] = CAPABILI
 
 def _compile(op: str, case: AotCase, capability: int) -> AotRow:
     case.kernel.device_caches.clear()  # it holds the target of the driver that compiled last
-    compiled = case.kernel.warmup(*case.args, **case.options)
-    registers, spill_bytes = _assemble(compiled.asm["ptx"], capability)
+    with _every_log() as log:
+        compiled = case.kernel.warmup(*case.args, **case.options)
+    registers, spill_bytes = _usage(log.getvalue())
     return AotRow(
         op=op,
         case=case.name,
@@ -160,20 +160,19 @@ def _first_tensor(args: Iterable[Any]) -> torch.Tensor:
     raise ValueError("an ahead-of-time case without a tensor among its arguments")
 
 
-def _assemble(ptx: str, capability: int) -> tuple[int, int]:
-    """Registers and spilled bytes (stores + loads) per thread, from the log of the assembler of Triton."""
-    from triton.backends.nvidia.compiler import get_ptxas
+@contextmanager
+def _every_log() -> Iterator[StringIO]:
+    """What ptxas says of the kernels compiled meanwhile; Triton's cache, which keeps no logs, is not read."""
+    from triton import knobs
 
-    target = re.search(r"^\.target\s+(\w+)", ptx, re.MULTILINE)
-    if target is None:
-        raise ValueError("Triton returned PTX without a .target line")
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [get_ptxas(capability).path, "-v", f"--gpu-name={target[1]}", str(source)]
-        log = subprocess.run(
-            [*command, "-o", str(source.with_suffix(".cubin"))], check=True, capture_output=True, text=True
-        ).stderr
+    with knobs.nvidia.scope(), knobs.compilation.scope(), redirect_stdout(StringIO()) as log:
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True
+        yield log
+
+
+def _usage(log: str) -> tuple[int, int]:
+    """Registers and spilled bytes (stores + loads) per thread, from the log of ptxas."""
     registers = re.findall(r"Used (\d+) registers", log)
     spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     if not registers or not spills:
