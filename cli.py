@@ -72,7 +72,8 @@ def run(
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16; comma-separated.")] = "",
     direction: Annotated[str, typer.Option(help="fwd, fwd_bwd; comma-separated.")] = "",
     preset: Annotated[
-        str, typer.Option(help="How large, and how long it is measured: tiny, small or paper.")
+        str,
+        typer.Option(help="How large, and how long it is measured: tiny, small, paper; or a task's variant."),
     ] = "tiny",
     setting: Annotated[
         list[str] | None,

@@ -135,11 +135,20 @@ class Resolved:
     hyper: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
+def preset_of(request: RunConfig) -> Preset:
+    """How the preset of a request is measured: a variant that a task has, ``paper_etth1_s``, like ``paper``.
+
+    Raises UsageError for another name.
+    """
+    scale, _, variant = request.preset.partition("_")
+    if scale not in PRESETS or (variant and not request.task):
+        raise unknown_name("preset", request.preset, PRESETS)
+    return PRESETS[scale]
+
+
 def resolve(request: RunConfig, device: str) -> Resolved:
     """Fold preset and request. Raises UsageError for every value that means nothing."""
-    preset = PRESETS.get(request.preset)
-    if preset is None:
-        raise unknown_name("preset", request.preset, PRESETS)
+    preset = preset_of(request)
     check_engine(request.engine)
     if min(request.blocks, request.jobs) < 1 or request.time_limit_s < 0 or request.threads < 0:
         raise UsageError(

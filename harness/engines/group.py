@@ -17,7 +17,7 @@ from typing import Any
 from attnbench import __version__
 from attnbench.errors import AttnbenchError
 from attnbench.harness import environment
-from attnbench.harness.config import PRESETS, TIME_LIMITS_S, RunConfig
+from attnbench.harness.config import TIME_LIMITS_S, RunConfig, preset_of
 from attnbench.harness.listener import Listener
 from attnbench.harness.parallel import ranks_of
 from attnbench.harness.plan import Planned
@@ -121,7 +121,7 @@ class _Crew:
 
     def __init__(self, group: Group, listener: Listener) -> None:
         self._group, self._listener = group, listener
-        self._preset = PRESETS[group.request.preset]
+        self._preset = preset_of(group.request)
         self._threads = group.request.threads or self._preset.threads or environment.physical_cores()
         self._worker: WorkerProcess | None = None
         self._machine: dict[str, Any] = {}

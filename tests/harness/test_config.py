@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from attnbench.errors import UsageError
 from attnbench.harness.config import (
+    PRESETS,
     RunConfig,
     check_engine,
     parse_hyper,
@@ -14,6 +17,7 @@ from attnbench.harness.config import (
     parse_shard,
     resolve,
 )
+from attnbench.harness.plan import plan
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,17 @@ def test_a_config_of_another_version_is_refused() -> None:
 def test_values_that_mean_nothing_are_usage_errors(field: str, value: object, word: str) -> None:
     with pytest.raises(UsageError, match=word):
         resolve(RunConfig(**{field: value}), "cpu")  # type: ignore[arg-type]
+
+
+def test_a_variant_of_a_preset_is_a_preset_of_tasks() -> None:
+    request = RunConfig(task=("lstf",), preset="paper_etth1_s")
+    assert resolve(request, "cpu").preset is PRESETS["paper"]
+    planned = plan(resolve(replace(request, pattern=("NC",)), "cpu"))
+    assert {(p.case.n, p.case.m) for p in planned} == {(888, 84)}
+    with pytest.raises(UsageError, match="preset 'paper_etth1_s'"):
+        resolve(replace(request, task=()), "cpu")
+    with pytest.raises(UsageError, match="preset of task lstf 'paper_etth9_s'"):
+        plan(resolve(replace(request, preset="paper_etth9_s"), "cpu"))
 
 
 def test_parameters_of_slurm_have_a_name_and_a_value() -> None:
