@@ -176,6 +176,7 @@ def _attentions(module: Any) -> Iterator[type[Attention]]:
             yield value
 
 
+@cache
 def _only_attention(module: Any, name: str) -> type[Attention]:
     found = [kind for kind in _attentions(module) if kind.spec.id == name]
     if len(found) != 1:
