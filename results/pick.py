@@ -6,7 +6,7 @@ with the nearest that were; nothing is extrapolated.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
@@ -104,12 +104,17 @@ class Answer:
 def pick(rows: Iterable[Row], question: Question) -> list[Answer]:
     """One answer for every workload that was measured under the question, each with its newest software.
 
-    Raises UsageError for a pattern, dtype, device or workload that no row has, naming those that rows have,
-    and where no device is named and rows have several.
+    Raises UsageError for a scope, pattern, dtype, device or workload that no row has, naming those that rows
+    have, and where no device is named and rows have several.
     """
-    current, _ = newest(summarise(row for row in rows if row.get("scope") == question.scope))
+    seen: set[str] = set()
+    current, _ = newest(summarise(_of_scope(rows, question.scope, seen)))
     if not current:
-        raise UsageError(f"observed no rows of scope {question.scope}, expected some; choose another --scope")
+        others = ", ".join(sorted(seen)) or "none"
+        raise UsageError(
+            f"--scope {question.scope}: observed rows of the scopes {others}, expected some of scope "
+            f"{question.scope}; measure them with `attnbench run` and name its folder"
+        )
     asked = _resolved(current, question)
     same = [s for s in current if all(s.get(name) == value for name, value in asked.items())]
     if not same:
@@ -118,6 +123,14 @@ def pick(rows: Iterable[Row], question: Question) -> list[Answer]:
     for s in same:
         groups.setdefault((s.get("device"), s.get("workload")), []).append(s)
     return [_answer(_newest_stack(groups[key]), question) for key in sorted(groups)]
+
+
+def _of_scope(rows: Iterable[Row], scope: str, seen: set[str]) -> Iterator[Row]:
+    """The rows of one scope; the scopes of all go into ``seen``."""
+    for row in rows:
+        seen.add(str(row.get("scope")))
+        if row.get("scope") == scope:
+            yield row
 
 
 def to_table(answer: Answer, question: Question) -> Table:

@@ -115,7 +115,7 @@ def test_every_workload_has_its_answer(make_row: MakeRow) -> None:
         (Question("CC", 256, "fp32"), "unknown pattern 'CC'"),
         (Question("NS", 256, "bf16"), "unknown dtype 'bfloat16'"),
         (Question("NS", 256, "fp32", device="h200"), "unknown device 'h200'"),
-        (Question("NS", 256, "fp32", scope="layer"), "no rows of scope layer"),
+        (Question("NS", 256, "fp32", scope="layer"), "rows of the scopes op, expected some of scope layer"),
     ],
 )
 def test_what_no_row_has_is_refused(rows: list[dict[str, Any]], question: Question, words: str) -> None:
