@@ -107,6 +107,20 @@ _ALL = (
         ),
     ),
     DataSet(
+        name="gpt2",
+        title="Byte pairs of GPT-2",
+        layout=("tokenizer.json (as the library tokenizers writes it)",),
+        size="1.4 MB",
+        licence="MIT",
+        home="https://huggingface.co/openai-community/gpt2",
+        loader="texts:GPT2",
+        downloads=(
+            Download(
+                "https://huggingface.co/openai-community/gpt2/resolve/main/tokenizer.json", "tokenizer.json"
+            ),
+        ),
+    ),
+    DataSet(
         name="ljspeech",
         title="LJ Speech 1.1, one reader's 24 hours",
         layout=(

@@ -23,7 +23,7 @@ from attnbench.errors import UsageError, unknown_name
 from attnbench.tasks.base import Corpus
 from attnbench.tasks.data import sources
 from attnbench.tasks.data.extras import require
-from attnbench.tasks.data.loaders.texts import PG19
+from attnbench.tasks.data.loaders.texts import GPT2, PG19
 
 VOCABULARY = 128
 """Bytes below 128: what is not ASCII is removed from every corpus."""
@@ -134,16 +134,15 @@ GPT2_VOCABULARY = 50_257
 
 @cache
 def gpt2() -> Any:
-    """The tokeniser of GPT-2. Raises UsageError without the library, DataMissing without the file."""
+    """The tokeniser of GPT-2.
+
+    Raises UsageError without the library or with another vocabulary, DataMissing without the file.
+    """
     library = require("tokenizers", "tokenizers", "tokens of GPT-2")
-    looked = [folder / "tokenizer.json" for folder in sources.places("gpt2")]
-    for path in looked:
-        if path.is_file():
-            return library.Tokenizer.from_file(str(path))
-    raise sources.DataMissing(
-        f"tokens of GPT-2: observed no {' or '.join(map(str, looked))}, expected tokenizer.json (1.4 MB, MIT "
-        "licence); take it from https://huggingface.co/openai-community/gpt2 and put it there"
-    )
+    source = sources.find("gpt2")
+    assert isinstance(source, GPT2)
+    source.require_complete()
+    return library.Tokenizer.from_file(str(source.path))
 
 
 def _pg19() -> Text:

@@ -203,6 +203,7 @@ def library(tmp_path, monkeypatch):
     made.train_from_iterator([], vocab_size=256)
     (tmp_path / "gpt2").mkdir()
     made.save(str(tmp_path / "gpt2" / "tokenizer.json"))
+    monkeypatch.setattr(text.GPT2, "published", {"tokens": 256})
     text.gpt2.cache_clear()
     yield tmp_path
     text.gpt2.cache_clear()

@@ -221,7 +221,7 @@ def test_status_lists_every_data_set(server, tmp_path):
     assert [record["data_set"] for record in listed] == list(catalogue.CATALOGUE)
     assert {record["state"] for record in listed} == {"missing"}
     table = CliRunner().invoke(app, ["data", "status", "--data-root", str(tmp_path)]).stdout
-    assert "0 of 14 data sets are here" in table
+    assert "0 of 15 data sets are here" in table
 
 
 def test_prepare_tells_what_it_found(server, offer, tmp_path):

@@ -191,6 +191,18 @@ def test_imdb_from_files_and_from_parquet(tmp_path):
         assert [c.observed for c in found.verify()] == [2, 2]
 
 
+def test_the_tokeniser_of_gpt2(tmp_path):
+    path = write(tmp_path / "tokenizer.json", json.dumps({"model": {"vocab": {"b": 1, "a": 0}}}))
+    found = find("gpt2", tmp_path)
+    assert (found.path, found.sample("tokens")) == (path, "a")
+    with pytest.raises(UsageError, match=r"2 in tokens \(published: 50,257\)"):
+        found.require_complete()
+    for content in ("{", "[]", '{"model": {"vocab": []}}'):
+        write(path, content)
+        with pytest.raises(DataDamaged, match=r"tokenizer\.json: observed no vocabulary"):
+            found.verify()
+
+
 # ---- speech --------------------------------------------------------------------------------------------
 
 

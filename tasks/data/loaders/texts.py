@@ -1,8 +1,9 @@
-"""Books, news and reviews: PG-19, Multi-News, IMDB; from their own files or from Parquet copies."""
+"""PG-19, Multi-News and IMDB, from their own files or Parquet copies, and the tokeniser of GPT-2."""
 
 from __future__ import annotations
 
 import csv
+import json
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -170,3 +171,39 @@ class IMDB(_Texts):
     def sample(self, part: str) -> tuple[str, int]:
         """The first review."""
         return next(self.reviews(part))
+
+
+class GPT2(Source):
+    """The tokeniser of GPT-2, in the one file of the library tokenizers: part tokens, its vocabulary."""
+
+    marks = ("tokenizer.json",)
+    published: ClassVar[Parts] = {"tokens": 50_257}
+
+    @property
+    def path(self) -> Path:
+        """The file, for the library to read."""
+        return self.root / "tokenizer.json"
+
+    def files(self) -> Iterable[Path]:
+        """The one file."""
+        yield self.path
+
+    def count(self, part: str) -> int:
+        """Tokens of the vocabulary."""
+        self.part(part)
+        return len(self._vocabulary())
+
+    def sample(self, part: str) -> str:
+        """The token with the first id that is taken."""
+        self.part(part)
+        vocabulary = self._vocabulary()
+        return min(vocabulary, key=vocabulary.__getitem__)
+
+    def _vocabulary(self) -> dict[str, int]:
+        try:
+            found = json.loads(_read.text(self.path))["model"]["vocab"]
+        except (ValueError, KeyError, TypeError):
+            found = None
+        if not isinstance(found, dict):
+            raise damaged(self.path, "no vocabulary in it", "JSON with model.vocab, tokens and their ids")
+        return found
