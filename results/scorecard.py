@@ -81,8 +81,9 @@ class Placed:
 class Scorecard:
     """All that is said of one device, preset and software.
 
-    ``indices``, their ``constants`` and the ``data`` of the tasks are by suite; ``by_pattern`` and
-    ``by_task`` correlate the indices, without the controls: bad everywhere, they would make all tasks alike.
+    ``verdicts`` are in the order of suite, task and pattern. ``indices``, their ``constants`` and the
+    ``data`` of the tasks are by suite; ``by_pattern`` and ``by_task`` correlate the indices, without the
+    controls: bad everywhere, they would make all tasks alike.
     """
 
     device: str
@@ -127,29 +128,27 @@ def _card(
     frozen: FrozenScales,
     min_pool: int,
 ) -> Scorecard:
-    verdicts = [judge(table) for table in tables]
-    placed = [p for table, verdict in zip(tables, verdicts, strict=True) for p in place(table, verdict)]
-    suites = dict.fromkeys(v.suite for v in verdicts)
+    judged = [(table, judge(table)) for table in tables]
+    judged.sort(key=lambda pair: (pair[1].suite, pair[1].task, pair[1].pattern))
     scales, indices, data = {}, {}, {}
-    for suite in suites:
-        mine = [(t, v) for t, v in zip(tables, verdicts, strict=True) if v.suite == suite]
+    for suite in dict.fromkeys(v.suite for _, v in judged):
+        mine = [(t, v) for t, v in judged if v.suite == suite]
         kept = frozen.get((key[1], suite))
         data[suite] = _data(mine)
         scales[suite] = kept.on(data[suite]) if kept else _cut(suite, key, mine, min_pool)
         raw = [_raw(s) for table, v in mine for s in table if s.value is not None and not _duplicate(s, v)]
         indices[suite] = tuple(compositional_index(raw, scales[suite]))
     controls = {score.label for table in tables for score in table if score.control}
-    judged = {suite: [i for i in found if i.mechanism not in controls] for suite, found in indices.items()}
-    everything = [index for found in judged.values() for index in found]
+    counted = {suite: [i for i in found if i.mechanism not in controls] for suite, found in indices.items()}
     return Scorecard(
         *key,
-        verdicts=tuple(verdicts),
-        placed=tuple(placed),
+        verdicts=tuple(verdict for _, verdict in judged),
+        placed=tuple(p for table, verdict in judged for p in place(table, verdict)),
         constants=scales,
         indices=indices,
         data=data,
-        by_pattern=correlation.matrix(_patterns(judged)),
-        by_task=correlation.matrix(correlation.by_task(everything)),
+        by_pattern=correlation.matrix(_patterns(counted)),
+        by_task=correlation.matrix(correlation.by_task([i for found in counted.values() for i in found])),
     )
 
 

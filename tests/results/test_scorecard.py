@@ -162,6 +162,18 @@ def test_an_index_is_cut_from_mechanisms_and_leaves_controls_and_twins_out(sane,
     assert by_impl["no_mixing/torch"] == min(by_impl.values())
 
 
+def test_tasks_are_in_order_however_the_rows_were_measured(task_rows):
+    rows = [
+        *pool(task_rows, "zeta", suite="cab"),
+        *pool(task_rows, "aleph", suite="recall"),
+        *pool(task_rows, "alpha", suite="cab", pattern="NS"),
+        *pool(task_rows, "alpha", suite="cab"),
+    ]
+    (card,) = scorecards(tables(rows))
+    order = [("cab", "alpha", "CS"), ("cab", "alpha", "NS"), ("cab", "zeta", "CS"), ("recall", "aleph", "CS")]
+    assert [(v.suite, v.task, v.pattern) for v in card.verdicts] == order
+
+
 def test_a_task_that_does_not_discriminate_is_left_out_of_the_index_with_its_reason(task_rows, sane):
     leaky = [
         *task_rows("softmax/torch", SOFTMAX, task="sr"),
