@@ -101,7 +101,7 @@ def _score_tables(card: Scorecard, where: str) -> list[Table]:
         columns += [Column(f"{t} {p}", partial(_score_cell, f"{t} {p}")) for t, p in places]
         notes = (
             "mean over seeds ± half of the 95 % interval; in brackets the position between no mixing (0) "
-            "and softmax (1)",
+            "and softmax (1), where the seeds tell these two apart",
         )
         found.append(table(f"Scores · {suite} · {where}", columns, records, notes))
     return found

@@ -243,12 +243,16 @@ def _limits(known: Score, softmax: Score, control: Score) -> Iterable[str]:
 
 
 def place(table: Sequence[Score], verdict: Verdict) -> list[Placed]:
-    """Every score of a task with its position between the verdict's two ends, in the order given."""
+    """Every score of a task with its position between the verdict's two ends, in the order given.
+
+    Ends that noise does not tell apart give no position: it would be noise over noise.
+    """
     top = verdict.softmax.value if verdict.softmax else None
     bottom = verdict.no_mixing.value if verdict.no_mixing else None
+    apart = verdict.benefit is None or verdict.benefit.discriminates is not False
 
     def position(score: Score) -> float | None:
-        if score.value is None or top is None or bottom is None:
+        if score.value is None or top is None or bottom is None or not apart:
             return None
         return normalised_position(score.value, top, bottom)
 

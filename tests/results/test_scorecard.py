@@ -141,6 +141,12 @@ def test_positions_are_between_no_mixing_and_softmax(sane, task_rows):
     assert placed["softmax/torch"].verdict == "learns"
 
 
+def test_ends_that_noise_does_not_tell_apart_give_no_position(task_rows):
+    rows = [*task_rows("softmax/torch", [1.0, 2.0, 3.0]), *task_rows("no_mixing/torch", [2.0, 3.0, 1.3])]
+    (table,) = tables([*rows, *task_rows("performer/torch", [3.0, 3.1, 3.2])])
+    assert [p.position for p in place(table, judge(table))] == [None] * 3
+
+
 def pool(task_rows, task, offset=0.0, **columns):
     names = ["performer", "abc", "lara", "cosformer", "linformer"]
     return [
