@@ -233,12 +233,14 @@ def seeds(found: Sequence[Score], looks: Mapping[str, Look], title: str = "") ->
     lead = f" Best mean: {scored[0].label}, {number(scored[0].value, digits=4)}." if scored else ""
     description = f"{metric}: {len(mechanisms)} impls over their seeds.{lead}"
     table = _table("x", "mean", "lo", "from", "hi", "to", "seeds", "seeds")
+    beyond = sorted((rounded(s.value), s.label) for s in scored if s.control and s.value is not None)
+    controls = [{"s": label, "x": value, "line": i % 2} for i, (value, label) in enumerate(beyond)]
     return {
         **frame(title, description, table, WIDTH, _rows(mechanisms)),
         "datasets": {
             "points": [_score(s) for s in mechanisms],
             "seeds": [{"s": s.label, "x": rounded(v)} for s in mechanisms for v in s.values],
-            "controls": [{"s": s.label, "x": rounded(s.value)} for s in scored if s.control and s.value],
+            "controls": controls,
         },
         "layer": [
             {
@@ -246,11 +248,7 @@ def seeds(found: Sequence[Score], looks: Mapping[str, Look], title: str = "") ->
                 "mark": {"type": "rule", "color": DIM, "strokeDash": [4, 3]},
                 "encoding": {"x": x, "tooltip": {"field": "s", "type": "nominal"}},
             },
-            {
-                "data": {"name": "controls"},
-                "mark": {"type": "text", "color": DIM, "fontSize": 10, "baseline": "bottom", "dy": -2},
-                "encoding": {"x": x, "y": {"value": 0}, "text": {"field": "s", "type": "nominal"}},
-            },
+            *(_control_names(x, line) for line in range(2)),
             {
                 "transform": [{"filter": "isValid(datum.lo)"}],
                 "mark": {"type": "rule", "strokeWidth": 3, "opacity": 0.4},
@@ -304,6 +302,17 @@ def _score(s: Score) -> Record:
     if s.lo is not None and s.hi is not None:
         record |= {"lo": rounded(s.lo), "hi": rounded(s.hi)}
     return record
+
+
+def _control_names(x: Record, line: int) -> Record:
+    """Names over the rules of controls, on two lines in turn: neighbours would stand in one another."""
+    mark = {"type": "text", "color": DIM, "fontSize": 10, "baseline": "bottom", "dy": -2 - 11 * line}
+    return {
+        "data": {"name": "controls"},
+        "transform": [{"filter": f"datum.line === {line}"}],
+        "mark": mark,
+        "encoding": {"x": x, "y": {"value": 0}, "text": {"field": "s", "type": "nominal"}},
+    }
 
 
 def _by_impl() -> Record:

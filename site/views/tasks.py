@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from attnbench.results.aggregate import Summary
 from attnbench.results.format import NONE, number
 from attnbench.results.schema import Status
+from attnbench.results.scorecard import judge
 from attnbench.results.seeds import Score, mixed_data, scores
 from attnbench.site.views.links import evidence, impl_page, slug, task_page
 from attnbench.site.views.words import pattern_words
@@ -50,7 +51,10 @@ class TaskEntry:
 
 @dataclass(frozen=True)
 class TaskTable:
-    """One task at one preset, pattern and device with one software; the best first, failures last."""
+    """One task at one preset, pattern and device with one software; the best first, failures last.
+
+    ``problems`` says why it does not measure attention, empty where it does.
+    """
 
     anchor: str
     task: str
@@ -62,6 +66,7 @@ class TaskTable:
     better: str
     subtitle: str
     warning: str
+    problems: tuple[str, ...]
     train_hours: float
     entries: tuple[TaskEntry, ...]
 
@@ -74,6 +79,11 @@ class TaskTable:
     def leader(self) -> TaskEntry | None:
         """The best score, controls aside."""
         return next((e for e in self.entries if not e.failed and not e.control), None)
+
+    @property
+    def tied(self) -> int:
+        """How many others may be the best too, as far as their seeds can tell."""
+        return sum(e.score.best == 1 for e in self.entries if not e.control and e is not self.leader)
 
 
 @dataclass(frozen=True)
@@ -134,6 +144,7 @@ def _table(found: Sequence[Score], summaries: dict[tuple[str, ...], list[Summary
         better=known.better or NONE,
         subtitle=f"{known.data or 'no data'} · software {first.software_key[:8]} · measured {newest}",
         warning=f"Seeds {seeds} were run on different data: do not compare them." if mixed else "",
+        problems=judge(found).problems,
         train_hours=sum((score.train_s or 0.0) * len(score.seeds) for score in found) / 3600,
         entries=tuple(entries),
     )

@@ -8,6 +8,7 @@ import math
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -90,6 +91,21 @@ def every_chart(make_row: Callable[..., dict[str, Any]]) -> dict[str, charts.Spe
         ),
         "sparkline": charts.timeline(dates, values, line, [], [], title="time", small=True),
     }
+
+
+def test_controls_stand_on_two_lines_and_a_score_of_zero_is_one(
+    make_row: Callable[..., dict[str, Any]],
+) -> None:
+    table = [replace(s, value=0.0) if s.control else s for s in _scores(make_row)]
+    spec = charts.seeds(
+        [*table, replace(table[-1], label="no_mixing/torch", value=1.0)],
+        palette.looks([s.label for s in table], "softmax/torch"),
+        "seeds",
+    )
+    assert spec["datasets"]["controls"] == [
+        {"s": "uniform/torch", "x": 0.0, "line": 0},
+        {"s": "no_mixing/torch", "x": 1.0, "line": 1},
+    ]
 
 
 # ---- palette -------------------------------------------------------------------------------------------

@@ -300,6 +300,23 @@ def test_a_task_table_has_the_mean_over_seeds_and_controls_without_a_rank(rows: 
     assert table.leader.score.value == min(e.score.value for e in table.entries if e.score.value is not None)
 
 
+def test_a_task_table_says_who_ties_with_the_best_and_what_it_does_not_measure(make_row: MakeRow) -> None:
+    shared = {"scope": "task", "task": "lm", "direction": "train", "metric": "ppl", "metric_better": "lower"}
+    made = [
+        make_row(**shared, mechanism=name, backend="torch", control=name == "no_mixing", seed=seed,
+                 metric_value=value + noise)
+        for name, value in (("softmax", 4.0), ("lara", 4.1), ("abc", 9.0), ("no_mixing", 4.05))
+        for seed, noise in enumerate((0.0, 0.3, -0.3))
+    ]  # fmt: skip
+    (table,) = tasks.task_tables(summaries(made))
+    assert table.leader is not None
+    assert (table.leader.impl, table.tied) == ("softmax/torch", 1)
+    assert table.problems == (
+        "the preset states no limits under this pattern",
+        "benefit of attention 0.05: 0.2 noise units, expected 2 or more",
+    )
+
+
 def test_a_mechanism_finds_its_places(rows: list[Row]) -> None:
     placed = tasks.places(tasks.task_tables(summaries(rows)))["performer"]
     assert [(p.table.task, p.entry.impl) for p in placed] == [
