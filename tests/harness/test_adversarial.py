@@ -19,7 +19,7 @@ from attnbench.results.schema import problems
 from attnbench.results.validate import check_row
 
 ATTACKS = Path(__file__).parent / "adversarial.py"
-TIME_LIMIT_S = 12.0
+TIME_LIMIT_S = 24.0
 
 EXPECTED: dict[str, tuple[str, str]] = {
     "RemembersByPointer": ("incorrect", "did not follow its input"),
