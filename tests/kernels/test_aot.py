@@ -48,6 +48,16 @@ KERNELS = {
 }
 
 
+BF16 = {("bfloat16", d) for d in (64, 128, 256)}
+USUAL = BF16 | {("float32", 128)}
+SIZES: dict[str, set[tuple[str, int]]] = {
+    **dict.fromkeys(("block_mass", "block_sparse", "buckets", "few_query", "gather", "token_blocks"), USUAL),
+    **dict.fromkeys(("kv_reduce", "linrec"), USUAL | {("float16", 64)}),
+    **dict.fromkeys(("flash", "neighborhood", "window"), BF16),
+}
+"""Dtypes and head dimensions that must be among the cases; of other operations, head dimensions alone."""
+
+
 def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "attnbench.kernels.aot", *arguments]
@@ -56,12 +66,10 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def spill_limit(row: dict[str, object]) -> float:
     """Bytes per thread that a kernel may spill: none up to D = 128, with one exception."""
-    if row["head_dim"] == 256:
-        return float("inf")
     if (row["kernel"], row["dtype"], row["capability"]) == ("gradient_kernel", "float32", 80):
         # two (64, 64) blocks and the operands of three tf32 products, which Ampere has in registers
         return 512
-    return 0
+    return float("inf") if row["head_dim"] == 256 else 0
 
 
 def test_every_operation_is_expected_to_compile() -> None:
@@ -78,7 +86,9 @@ def test_compiles_without_spilling(op: str, capability: int) -> None:
     assert done.returncode == 0, done.stderr
     rows = json.loads(done.stdout)
     assert {row["kernel"] for row in rows} == KERNELS[op]
+    assert {(row["dtype"], row["head_dim"]) for row in rows} >= SIZES.get(op, set())
     assert op == "selective_scan" or {row["head_dim"] for row in rows} >= {64, 128}
+    assert op != "flash_int8" or {row["head_dim"] for row in rows} == {64, 128, 256}
     for row in rows:
         assert row["fits"], row
         assert 0 < row["registers"] <= 255, row
